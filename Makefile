@@ -1,0 +1,78 @@
+# Each target makes the virtual environment it needs; nothing but Python 3.11 and pip is asked of the machine.
+#   make demo        prune two networks trained on handwritten digits, minimize them, write out/
+#   make test        the tests that are quick                        (under 10 minutes on two cores)
+#   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
+#   make check       lint, types, test, wheel
+# Another torch:     make test TORCH="torch==2.6.0"        Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3.11
+JOBS   ?= 2
+TORCH  ?= torch==2.13.0
+# torchvision is built against one torch, so the slow tests and the benchmarks have an environment of their own.
+TORCH_ZOO ?= torch==2.14.1 torchvision==0.29.1
+
+VENV := .venv
+ZOO  := .venv-zoo
+ARGS ?=
+SETUP := setup.cfg pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all coverage check lint format types wheel bench clean
+
+help:
+	@sed -n 's/^#   make /make /p' Makefile
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+test-all: $(ZOO)/zoo.stamp
+	$(ZOO)/bin/python -m pytest -n $(JOBS) -m "" $(ARGS)
+
+coverage: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -n $(JOBS) --cov $(ARGS)
+
+check: lint types test wheel
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# srfx/passes is a link to passes/, so one package name covers both.
+types: $(VENV)/test.stamp
+	$(VENV)/bin/mypy srfx benchmarks
+
+wheel: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest tests/test_packaging.py
+
+clean:
+	rm -rf $(VENV) $(ZOO) build dist out *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# ensurepip is not part of every Python; a pip outside can fill an environment that has none.
+%/pip.stamp:
+	$(PYTHON) -m venv --clear --without-pip $*
+	$(PYTHON) -m pip --python $*/bin/python install --quiet pip
+	@touch $@
+
+$(VENV)/torch.stamp: $(VENV)/pip.stamp
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SETUP)
+	$(VENV)/bin/pip install --quiet -e ".[test,lint]"
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SETUP)
+	$(VENV)/bin/pip install --quiet -e ".[demo]"
+	@touch $@
+
+$(ZOO)/zoo.stamp: $(ZOO)/pip.stamp $(SETUP)
+	$(ZOO)/bin/pip install --quiet $(TORCH_ZOO)
+	$(ZOO)/bin/pip install --quiet -e ".[test,zoo]"
+	@touch $@
