@@ -1,0 +1,9 @@
+"""Rewrite passes.  Import them as ``srfx.passes``: a second copy under another name would register them twice."""
+
+if __name__ != "srfx.passes":
+    raise ImportError(f"this package is srfx.passes, not {__name__!r}: use `import srfx.passes`")
+
+from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
+from srfx.passes.pipeline import Pipeline, PipelineResult
+
+__all__ = ["PASSES", "Pass", "PassResult", "Pipeline", "PipelineResult", "get_pass", "register_pass"]

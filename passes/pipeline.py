@@ -1,0 +1,67 @@
+"""Run passes one after the other, each to its fixpoint, and keep what they did and what they refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from srfx.ir.plan import Edit, Refusal
+from srfx.passes.base import Pass, PassResult, get_pass
+
+
+@dataclass
+class PipelineResult:
+    """The graph module after all passes; edits and refusals by the name of their pass, in order of running."""
+
+    graph_module: fx.GraphModule
+    edits: list[tuple[str, Edit]] = field(default_factory=list)
+    refusals: list[tuple[str, Refusal]] = field(default_factory=list)
+
+    @property
+    def modified(self) -> bool:
+        """Whether any pass changed anything."""
+        return bool(self.edits)
+
+
+class Pipeline:
+    """A fixed order of passes; callable, so it also runs inside torch.fx's PassManager.
+
+    Args:
+        passes: instances, or names of registered passes.
+        max_rounds: how often one pass may run before it is called divergent.
+
+    Example:
+        >>> from torch import fx, nn
+        >>> Pipeline([])(fx.symbolic_trace(nn.ReLU())).modified
+        False
+    """
+
+    def __init__(self, passes: Sequence[Pass | str], max_rounds: int = 100) -> None:
+        self.passes = [get_pass(p) if isinstance(p, str) else p for p in passes]
+        self.max_rounds = max_rounds
+
+    def __call__(self, gm: fx.GraphModule) -> PipelineResult:
+        """Run every pass to its fixpoint on a graph module that the caller owns.
+
+        Returns:
+            What was done; the refusals are those of each pass's last round, when all else is settled.
+
+        Raises:
+            AssertionError: when a pass still plans edits after ``max_rounds`` rounds.
+        """
+        result = PipelineResult(gm)
+        for step in self.passes:
+            last = self._settle(step, gm, result)
+            result.refusals += [(step.name, refusal) for refusal in last.refusals]
+        return result
+
+    def _settle(self, step: Pass, gm: fx.GraphModule, result: PipelineResult) -> PassResult:
+        for _ in range(self.max_rounds):
+            done = step(gm)
+            result.edits += [(step.name, edit) for edit in done.edits]
+            if not done.modified:
+                return done
+        name = step.name or type(step).__name__
+        raise AssertionError(f"pass {name!r} still plans edits after {self.max_rounds} rounds")
