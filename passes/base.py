@@ -54,6 +54,9 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         """Carry out one edit of a plan of this very graph module.  It cannot refuse."""
 
+    def finish(self, gm: fx.GraphModule) -> None:
+        """Clean up once after all edits of a plan; not called when there were none."""
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise when the input is not one this pass can read.  The default checks nothing."""
 
@@ -66,6 +69,7 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
         for edit in plan.edits:
             self.apply(graph_module, edit)
         if plan.edits:
+            self.finish(graph_module)
             graph_module.graph.lint()
             graph_module.recompile()
         return PassResult(graph_module, bool(plan.edits), tuple(plan.edits), tuple(plan.refusals))

@@ -139,7 +139,10 @@ class _Propagator:
             if node.op == "output":
                 return args[0]
             if node.op == "call_module":
-                return self.fake_module(_fetch(self.gm, str(node.target)))(*args, **kwargs)
+                module = _fetch(self.gm, str(node.target))
+                if _returns_its_input_shape(module, args) and not kwargs:
+                    return args[0]
+                return self.fake_module(module)(*args, **kwargs)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -194,6 +197,28 @@ class _Propagator:
                     part._forward_pre_hooks.clear()
             self.modules[module] = fake
         return self.modules[module]
+
+
+# Shortcut: calls of exactly these modules are half of a convolutional network, and fake tensors run the batch norm
+# of each new shape through a slow decomposition.
+_POINTWISE = frozenset(
+    {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU}
+    | {nn.Identity, nn.Dropout, nn.Dropout2d}
+)
+_BATCH_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
+
+def _returns_its_input_shape(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    if len(args) != 1 or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return False
+    if type(module) in _POINTWISE:
+        return True
+    n_dims = _BATCH_NORMS.get(type(module))  # type: ignore[arg-type]
+    if n_dims is None:
+        return False
+    tensors = [t for t in (module.weight, module.bias, module.running_mean) if t is not None]
+    fits = args[0].dim() in n_dims and args[0].shape[1] == module.num_features
+    return fits and all(t.device == args[0].device and t.dtype == args[0].dtype for t in tensors)
 
 
 def _is_unknowable(error: BaseException) -> bool:
