@@ -140,29 +140,33 @@ def _normalise_quick(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Native kernel and rank-one correction; not differentiable (native mean and rstd carry no gradient).
 
-    Returns: y, and in the dtype of the statistics D = m - mean, r, mu, each [..., 1 per normalised axis].
+    Returns: y, and in the dtype of the statistics q, rstd and D = m - mean [..., 1 per normalised axis].
     """
     stat = statistics_dtype(x.dtype)
     xs = x.to(stat)
     shape = list(p.kept_shape)
     # On CPU the native kernel without weight and bias is 1.7 times slower than with them.
-    scale = xs.new_ones(shape) if weight is None else weight.detach().to(stat)
-    z, mean, rstd = torch.native_layer_norm(xs, shape, scale, xs.new_zeros(shape), p.floor / p.kept_share)
+    scale = xs.new_ones(shape) if weight is None else weight.to(stat)
+    k, d = p.kept_share, p.removed_share
+    z, mean, rstd = torch.native_layer_norm(xs, shape, scale, xs.new_zeros(shape), p.floor / k)
     delta = p.mean - mean
     t = delta * rstd
-    q = torch.rsqrt(p.kept_share + (p.kept_share * p.removed_share) * (t * t))
-    r = q * rstd
-    z.addcmul_(t, scale, value=-p.removed_share)
-    out = x.new_empty([*x.shape[:-1], x.shape[-1] + len(p.emits)])
+    q = (t * t).mul_(k * d).add_(k).rsqrt_()
+    z.addcmul_(t, scale, value=-d)
     n_last = p.kept_shape[-1]
-    y = out[..., :n_last] if p.emits else out
+    if p.emits or x.dtype != stat:
+        out = x.new_empty([*x.shape[:-1], n_last + len(p.emits)])
+        y = out[..., :n_last]
+    else:
+        out = y = z  # its memory is at hand; a fresh tensor costs page faults
     if bias is None:
         torch.mul(z, q, out=y)
     else:
-        torch.addcmul(bias.detach().to(stat), z, q, out=y)
-    for offset, channel in enumerate(_emitted(p, r, delta)):
-        out[..., n_last + offset : n_last + offset + 1] = channel
-    return out, delta, r, mean + p.removed_share * delta
+        torch.addcmul(bias.to(stat), z, q, out=y)
+    if p.emits:
+        for offset, channel in enumerate(_emitted(p, q * rstd, delta)):
+            out[..., n_last + offset : n_last + offset + 1] = channel
+    return out, q, rstd, delta
 
 
 class _QuickForm(torch.autograd.Function):
@@ -175,18 +179,19 @@ class _QuickForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
-        out, delta, r, mu = _normalise_quick(x, weight, bias, p)
-        ctx.save_for_backward(x, weight, bias, delta, r, mu)
+        out, q, rstd, delta = _normalise_quick(x, weight, bias, p)
+        ctx.save_for_backward(x, weight, bias, q * rstd, delta)
         ctx.population = p
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, bias, delta, r, mu = ctx.saved_tensors
+        x, weight, bias, r, delta = ctx.saved_tensors
         p: Population = ctx.population
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             return _differentiable_backward(x, weight, bias, p, grads[0], wanted)
+        mu = p.mean - p.kept_share * delta
         stat = r.dtype
         shape = list(p.kept_shape)
         xs = x.to(stat)
@@ -199,8 +204,8 @@ class _QuickForm(torch.autograd.Function):
         if wanted[0]:
             dx.mul_(p.kept_share).addcmul_(g * scale, r, value=p.removed_share)
             if p.emits:
-                extra = grads[0][..., n_last:].to(stat)
-                dx.add_(_emitted_backward(p, extra, xs, delta, r, mu))
+                slope, offset = _emitted_backward(p, grads[0][..., n_last:].to(stat), delta, r, mu)
+                dx.addcmul_(xs, slope).add_(offset)
         return (
             dx.to(x.dtype) if wanted[0] else None,
             dw.to(weight.dtype) if wanted[1] else None,
@@ -210,11 +215,13 @@ class _QuickForm(torch.autograd.Function):
 
 
 def _emitted_backward(
-    p: Population, grad: Tensor, xs: Tensor, delta: Tensor, r: Tensor, mu: Tensor
-) -> Tensor:
-    """dr/dx = -r^3 (x - mu)/C and d((mu - c) r)/dx = r/C - (mu - c) r^3 (x - mu)/C.
+    p: Population, grad: Tensor, delta: Tensor, r: Tensor, mu: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What emitted channels add to dx, as slope x + offset.
 
-    Shapes: grad [..., len(emits)], xs [..., K], the others [..., 1] -> [..., K].
+    dr/dx = -r^3 (x - mu)/C and d((mu - c) r)/dx = r/C - (mu - c) r^3 (x - mu)/C.
+
+    Shapes: grad [..., len(emits)], the others [..., 1] -> two of [..., 1].
     """
     along_mean = torch.zeros_like(r)
     along_var = torch.zeros_like(r)
@@ -224,7 +231,8 @@ def _emitted_backward(
         index = p.emits.index("mu_r")
         along_mean = grad[..., index : index + 1]
         along_var = along_var + along_mean * ((p.mean - p.shift) - p.kept_share * delta)
-    return (along_mean * r - (xs - mu) * (along_var * r**3)) / p.n_total
+    slope = along_var * r**3 / -p.n_total
+    return slope, along_mean * r / p.n_total - mu * slope
 
 
 def _differentiable_backward(

@@ -33,8 +33,7 @@ def rescale_rms_norm(
     (1/C) (sum_K x^2 + S2) + eps = ((1/K) sum_K x^2 + eps')/s
 
     Args:
-        weight: of the kept channels; None for a norm without weight (the result has one: default dtype, on
-            the CPU).
+        weight: of the kept channels; None for a norm without weight (the result has one, in float64).
         eps: a number; see `resolved_rms_eps` where the layer says None.
         n_kept: K.
         n_total: C, the width before removal.
@@ -59,7 +58,7 @@ def rescale_rms_norm(
             f"rescale_rms_norm: n_kept {n_kept}, n_total {n_total} and weight {width} do not fit"
         )
     scale = n_total / n_kept
-    old = torch.ones(n_kept) if weight is None else weight.detach()
+    old = torch.ones(n_kept, dtype=torch.float64) if weight is None else weight.detach()
     return (old.double() * scale**0.5).to(old.dtype), (eps + sum_squares / n_total) * scale
 
 
