@@ -1,0 +1,157 @@
+"""Fold constants into their readers and cut dead channels out of every tensor of the graph.
+
+The analysis (`srfx.analysis`) says what is kept; each op's rule says what that means for a call of it.  Edits are
+carried out in four groups, and the graph computes the same after each:
+
+1. fold      new weights and biases at the original sizes: nothing that is not live is read any more
+2. compact   parameters lose rows and columns, arguments get their new sizes
+3. restore   an output that lost constant channels gets them back
+4. freeze    numbers read from shapes keep their original values
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from srfx.analysis import analyse
+from srfx.analysis.calls import Site
+from srfx.analysis.liveness import executed
+from srfx.ir.attrs import drop_unused_attributes
+from srfx.ir.edits import CompactTensor, FreezeSize, GraphEdit, GraphEditor, RestoreOutput, SetTensor
+from srfx.ir.plan import Edit, Plan
+from srfx.ir.program import Param
+from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ops.facts import FactTable, Fields
+from srfx.passes.base import Pass, register_pass
+
+
+@register_pass("compact-channels")
+class CompactChannels(Pass):
+    """Remove every dead channel; see the module's docstring.
+
+    Args:
+        hints: one example or fake value for each placeholder; None takes metadata or probes.
+        multiple_of: keep channel counts a multiple of this where there are enough channels.
+    """
+
+    def __init__(self, hints: Sequence[Any] | None = None, multiple_of: int = 1) -> None:
+        self.hints = hints
+        self.multiple_of = multiple_of
+        self.facts: FactTable | None = None
+        self._editor: GraphEditor | None = None
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        hints = self.hints if self.hints is not None else hint_inputs(gm)
+        facts, sites = analyse(gm, propagate(gm, hints), self.multiple_of)
+        self.facts, self._editor = facts, GraphEditor(gm)
+        with torch.no_grad():
+            edits = plan_edits(facts, sites)
+        return Plan(list(edits), facts.refusals)
+
+    def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
+        assert isinstance(edit, GraphEdit) and self._editor is not None
+        edit.apply(self._editor)
+
+    def finish(self, gm: fx.GraphModule) -> None:
+        fold_integers(gm.graph)
+        gm.graph.eliminate_dead_code(_is_impure)
+        drop_unused_attributes(gm)
+
+
+def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
+    """All edits for the kept set in ``facts``, in the order in which they have to be applied."""
+    present = set(executed(facts, sites))
+    computed = [s for s in sites if s.node in present]
+    fold = [e for s in computed for e in s.rule.fold(s.call, facts)]
+    created = {e.paths[0]: e for e in fold if isinstance(e, SetTensor) and e.creates}
+    compact = [*_compact_parameters(facts), *_compact_created(facts, created)]
+    arguments = [e for s in sites for e in s.rule.compact(s.call, facts) if s.node in present or isinstance(e, FreezeSize)]
+    frozen = [e for e in arguments if isinstance(e, FreezeSize)]
+    return [*fold, *compact, *(e for e in arguments if not isinstance(e, FreezeSize)), *_restore(facts), *frozen]
+
+
+def _compact_parameters(facts: FactTable) -> list[GraphEdit]:
+    found: list[GraphEdit] = []
+    for param in facts.program.params():
+        fields = facts.labeller.fields.get(param)
+        if isinstance(fields, dict):
+            found += _selection(facts, tuple(param.names), fields, param.shape)
+    return found
+
+
+def _compact_created(facts: FactTable, created: dict[str, SetTensor]) -> list[GraphEdit]:
+    found: list[GraphEdit] = []
+    for path, edit in created.items():
+        found += _selection(facts, (path,), facts.labeller.slots[path], tuple(edit.tensor.shape))
+    return found
+
+
+def _selection(facts: FactTable, paths: tuple[str, ...], fields: Fields, shape: tuple[int, ...]) -> list[GraphEdit]:
+    steps = facts.steps(fields, shape)
+    return [CompactTensor("", paths, tuple(steps))] if steps else []
+
+
+def _restore(facts: FactTable) -> list[GraphEdit]:
+    """Outputs that lost channels: where the kept ones go, and the constants of the others."""
+    output = facts.program.gm.graph.output_node()
+    found: list[GraphEdit] = []
+    for node in output.all_input_nodes:
+        value = facts.program.value(node)
+        if isinstance(value, Param) or not facts.program.is_tensor(node):
+            continue
+        fields, shape = facts.fields(node), facts.program.shape(node)
+        for axis in fields:
+            if facts.changed(fields, axis, shape[axis]):
+                found.append(_restore_axis(facts, output, node, axis))
+    return found
+
+
+def _restore_axis(facts: FactTable, output: fx.Node, node: fx.Node, axis: int) -> RestoreOutput:
+    shape, hint = facts.program.shape(node), facts.program.hints[node]
+    kept = facts.is_kept(facts.fields(node)[axis]).flatten()
+    c = facts.constancy(node)
+    varies = c.varies.expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).flatten()
+    layout = [-1 if a == axis else 1 for a in range(len(shape))]
+    index = torch.where(kept, kept.cumsum(0) - 1, 0).clamp(min=0)
+    template = c.value.double().expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).to(hint.dtype)
+    place: Any = hint.device
+    return RestoreOutput(
+        output.name, node.name, axis, index.to(place), varies.view(layout).to(place), template.contiguous().to(place)
+    )
+
+
+def fold_integers(graph: fx.Graph) -> None:
+    """Compute size arithmetic that has only literal operands left."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.kwargs or getattr(node.target, "__module__", "") != "_operator":
+            continue
+        if node.args and all(isinstance(a, int) for a in node.args):
+            value = node.target(*node.args)
+            replace_by_value(node, value)
+        elif node.target is operator.getitem and isinstance(node.args[0], (tuple, list)) and isinstance(node.args[1], (int, slice)):
+            if not isinstance(node.args[1], slice) or all(not isinstance(b, fx.Node) for b in (node.args[1].start, node.args[1].stop)):
+                replace_by_value(node, node.args[0][node.args[1]])
+
+
+def replace_by_value(node: fx.Node, value: Any) -> None:
+    """Every use of the node becomes the value itself, and the node goes."""
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)
+    node.graph.erase_node(node)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    from srfx.ops.registry import has_rule  # noqa: PLC0415
+
+    return node.op in ("placeholder", "output") or (node.op.startswith("call") and not has_rule(node.target)) and node.is_impure()
+
+
+def all_tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Parameters and buffers by name, aliases included."""
+    return {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}

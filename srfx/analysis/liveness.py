@@ -1,0 +1,108 @@
+"""Liveness analysis: which channels have to exist (backward), given what is known to be kept so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from srfx.analysis.calls import Site
+from srfx.ir.program import Param, Value
+from srfx.ops.facts import Demand, FactTable, collapse, layout_of
+from srfx.ops.rule import Effect
+
+
+def liveness(facts: FactTable, sites: list[Site]) -> None:
+    """Recompute ``facts.live`` in one sweep against the edges.  Monotone in ``facts.kept``: it only ever grows."""
+    facts.live = {}
+    _demand_outputs(facts)
+    for site in reversed(sites):
+        live = facts.live.get(site.node)
+        if live is None and site.rule.effect is not Effect.IMPURE:
+            if not _is_kept(facts, site.node):
+                continue
+            live = _none(facts, site.node)
+        if live is None:
+            live = _none(facts, site.node)
+        _add(facts, site.rule.backward(site.call, live, facts))
+
+
+def _demand_outputs(facts: FactTable) -> None:
+    """Varying channels of every output; constants are restored there.  Anything that is no float tensor stays."""
+    for node in facts.program.gm.graph.output_node().all_input_nodes:
+        value = facts.program.value(node)
+        found = facts.constants.get(node)
+        if isinstance(found, tuple):
+            for i, c in enumerate(found):
+                _add(facts, {(node, i): torch.ones_like(c.varies)})
+        elif facts.program.is_tensor(node) and not isinstance(value, Param):
+            c = facts.constancy(node)
+            fields = facts.fields(node)
+            _add(facts, {node: c.varies.cpu() if fields else torch.ones_like(c.varies)})
+
+
+def _add(facts: FactTable, demand: Demand) -> None:
+    for key, live in demand.items():
+        if isinstance(key, tuple):
+            node, i = key
+            parts = list(facts.live.get(node) or (None,) * len(facts.program.hints[node]))
+            parts[i] = live if parts[i] is None else parts[i] | live
+            if bool(live.any()):
+                facts.live[node] = tuple(parts)
+            continue
+        live = collapse(live, facts.layout(key))
+        if not bool(live.any()):
+            continue
+        old = facts.live.get(key)
+        assert old is None or isinstance(old, Tensor)
+        facts.live[key] = live if old is None else old | live
+
+
+def _is_kept(facts: FactTable, node: fx.Node) -> bool:
+    fields = facts.labeller.fields.get(node)
+    return isinstance(fields, dict) and bool(fields) and bool(facts.kept_channels(node).any())
+
+
+def _none(facts: FactTable, node: fx.Node) -> Tensor | tuple[Tensor | None, ...]:
+    hint = facts.program.hints.get(node)
+    if isinstance(hint, (tuple, list)) and not isinstance(hint, torch.Size):
+        return (None,) * len(hint)
+    return torch.zeros((1,) * (hint.dim() if isinstance(hint, Tensor) else 0), dtype=torch.bool)
+
+
+def live_labels(facts: FactTable) -> Tensor:
+    """Representatives that some live channel demands, [labels] bool."""
+    marked = torch.zeros(facts.labeller.table.size, dtype=torch.bool)
+    for value, live in facts.live.items():
+        found = facts.labeller.fields.get(value)
+        pairs = zip(found, live, strict=True) if isinstance(found, tuple) else ((found, live),)
+        for fields, part in pairs:
+            if part is None or not fields:
+                continue
+            _mark(marked, fields, part)
+    seed = torch.zeros_like(marked)
+    seed[facts.classes.representative[marked.nonzero().flatten()]] = True
+    return seed
+
+
+def _mark(marked: Tensor, fields: dict[int, Tensor], live: Tensor) -> None:
+    shape = torch.broadcast_shapes(layout_of(fields, live.dim()), live.shape)
+    live = live.expand(shape)
+    for labels in fields.values():
+        marked[labels.expand(shape)[live]] = True
+
+
+def executed(facts: FactTable, sites: list[Site]) -> list[Value]:
+    """Values that the rewritten graph still computes, outputs first."""
+    by_node = {site.node: site for site in sites}
+    stack: list[Value] = [facts.program.value(n) for n in facts.program.gm.graph.output_node().all_input_nodes]
+    stack += [s.node for s in sites if s.rule.effect is Effect.IMPURE]
+    seen: dict[Value, None] = {}
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen[value] = None
+        site = by_node.get(value) if isinstance(value, fx.Node) else None
+        if site is not None:
+            stack += site.rule.reads(site.call, facts)
+    return list(seen)

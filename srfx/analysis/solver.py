@@ -1,0 +1,106 @@
+"""The fixpoint: labels once, constancy once, then liveness and the kept set by turns until nothing grows.
+
+    K_0 = {}            K_{n+1} = close(live(K_n) + present(K_n))
+
+Both maps are monotone in K, so the sequence ends.  It runs twice: first as if every constant that meets a border
+were carried for free, then with the carriers chosen among what is kept anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from srfx.analysis.calls import Site, sites
+from srfx.analysis.constancy import constancy
+from srfx.analysis.labels import label
+from srfx.analysis.liveness import executed, live_labels, liveness
+from srfx.ir.program import Param, Program
+from srfx.lattice.classes import Classes
+from srfx.ops.contraction import Contraction
+from srfx.ops.facts import FactTable
+
+
+def analyse(gm: fx.GraphModule, hints: dict[fx.Node, Any], multiple_of: int = 1) -> tuple[FactTable, list[Site]]:
+    """Everything there is to know before a graph is rewritten; reads only.
+
+    Args:
+        gm: an owned, functional graph.
+        hints: concrete fake values of its nodes (`srfx.ir.shapes.propagate`).
+        multiple_of: keep counts of block lanes and of parameter axes a multiple of this, where there are enough.
+    """
+    program = Program(gm, hints)
+    found = sites(program)
+    with torch.no_grad():
+        labels = label(program, found)
+        if multiple_of > 1:
+            _count_in_multiples(program, labels)
+        facts = FactTable(program, labels, Classes.of(labels.table, multiple_of))
+        facts.kept = torch.zeros(labels.table.size, dtype=torch.bool)
+        facts.refusals = list(labels.refusals)
+        constancy(facts, found)
+        _settle(facts, found)
+        if _choose_carriers(facts, found):
+            _settle(facts, found)
+    return facts, found
+
+
+def _settle(facts: FactTable, found: list[Site]) -> None:
+    while True:
+        liveness(facts, found)
+        seed = live_labels(facts) | facts.kept
+        kept = facts.classes.close(seed | _present(facts, found, seed))
+        if torch.equal(kept, facts.kept):
+            return
+        facts.kept = kept
+
+
+def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
+    """What a value that is still computed needs to have a shape: one channel along each axis, selected positions."""
+    wanted, rep = torch.zeros_like(seed), facts.classes.representative
+    for value in executed(facts, found):
+        for labels in facts.labeller.required.get(value, ()) if isinstance(value, fx.Node) else ():
+            wanted[rep[labels]] = True
+        fields = facts.labeller.fields.get(value)
+        if isinstance(value, Param) or not isinstance(fields, dict):
+            continue
+        for labels in fields.values():
+            held = rep[labels]
+            if not bool((facts.kept | seed)[held].any()):
+                wanted[held.reshape(-1)[0]] = True
+    return wanted
+
+
+def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
+    """For every value whose nonzero constants meet a border: the channel that carries them all.
+
+    Any of them would do.  One that is kept anyway costs nothing, a large one loses no digits.
+    """
+    wanted: dict[Any, Tensor] = {}
+    for site in found:
+        if isinstance(site.rule, Contraction):
+            border = site.rule.border_constants(site.call, facts)
+            if border is not None:
+                x = site.rule.x(site.call)
+                wanted[x] = wanted[x] | border if x in wanted else border
+    for x, border in wanted.items():
+        axis = next(iter(facts.fields(x)), None)
+        if axis is None:
+            continue
+        size = facts.constancy(x).value.abs().flatten().cpu()
+        score = torch.where(border, size, 0.0)
+        kept = facts.is_kept(facts.fields(x)[axis]).flatten() & border & (score >= 0.1 * score.max())
+        facts.carriers[x] = int((torch.where(kept, score, 0.0) if bool(kept.any()) else score).argmax())
+    return bool(wanted)
+
+
+def _count_in_multiples(program: Program, labels: Any) -> None:
+    for param in program.params():
+        fields = labels.fields.get(param)
+        if not isinstance(fields, dict):
+            continue
+        for axis, found in fields.items():
+            if found.numel() == found.shape[axis] > 1:
+                labels.table.block(found.reshape(1, -1), [], param.names[0])

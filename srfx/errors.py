@@ -1,0 +1,35 @@
+"""Errors a user can meet.  Each message says what was found, where (node name), and what to do about it."""
+
+from __future__ import annotations
+
+
+class SrfxError(Exception):
+    """Base of all errors that srfx raises on purpose; the input model is never changed when one is raised."""
+
+
+class CaptureError(SrfxError):
+    """The model could not be turned into a graph that srfx reads (not traceable, lint fails, meta tensors)."""
+
+
+class MissingShapesError(CaptureError):
+    """No shape metadata, no example inputs, and no common input shape fits: pass ``example_inputs``."""
+
+
+class UnsupportedModelError(SrfxError):
+    """The model holds something that no rewrite can be exact for (lazy, quantized or sparse parameters)."""
+
+
+class VerificationError(SrfxError):
+    """The rewritten model does not compute what the original computes."""
+
+
+class ShapeMismatchError(SrfxError):
+    """Two tensors that belong together disagree in shape."""
+
+
+class UnknownChannelError(SrfxError):
+    """A node or channel was named that the plan does not know."""
+
+
+class PlanError(SrfxError):
+    """A plan does not fit the model it is applied to, or a plan file is damaged or of another version."""

@@ -1,0 +1,286 @@
+"""Edits: what a plan wants changed, as data, each with the one way to carry it out.
+
+Edits refer to nodes by name and to tensors by attribute path, so a plan can be written down and replayed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from srfx.ir.attrs import get_attr, set_attr
+from srfx.ir.call import write_argument
+from srfx.ir.plan import Edit
+
+
+# ---------------------------------------------------------------------- sizes that are computed in the graph
+@dataclass(frozen=True)
+class Ref:
+    """The value of another node."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """Element ``index`` of a node that yields a tuple or a torch.Size."""
+
+    node: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """``size * numerator // denominator``: an axis that repeats its channels, a kept part of it (exact)."""
+
+    size: Ref | Item | int
+    numerator: int
+    denominator: int
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """The runtime size of a tensor node along an axis."""
+
+    node: str
+    axis: int
+
+
+Expr = Any
+"""int, bool, str, None, Ref, Item, Scaled, SizeOf, or a list or tuple of these."""
+
+
+class GraphEditor:
+    """A GraphModule under edit: nodes by name, new nodes before or after old ones."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes}
+        self._sizes: dict[tuple[Any, ...], fx.Node] = {}
+
+    def build(self, expr: Expr, before: fx.Node) -> Any:
+        """Turn an expression into an argument, creating nodes before ``before``."""
+        graph = self.gm.graph
+        if isinstance(expr, (list, tuple)):
+            return type(expr)(self.build(e, before) for e in expr)
+        if isinstance(expr, Ref):
+            return self.nodes[expr.node]
+        with graph.inserting_before(before):
+            if isinstance(expr, Item):
+                return graph.call_function(operator.getitem, (self.nodes[expr.node], expr.index))
+            if isinstance(expr, SizeOf):
+                return graph.call_function(torch.ops.aten.sym_size.int, (self.nodes[expr.node], expr.axis))
+            if isinstance(expr, Scaled):
+                size = self.build(expr.size, before)
+                product = graph.call_function(operator.mul, (size, expr.numerator))
+                return graph.call_function(operator.floordiv, (product, expr.denominator))
+        return expr
+
+    def attribute_node(self, path: str, before: fx.Node) -> fx.Node:
+        """A get_attr node of ``path`` that stands before ``before``."""
+        with self.gm.graph.inserting_before(before):
+            return self.gm.graph.get_attr(path)
+
+
+class GraphEdit(Edit):
+    """An edit that a GraphEditor can carry out."""
+
+    def apply(self, editor: GraphEditor) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SetArgument(GraphEdit):
+    """Argument ``name`` of a call becomes ``value``; for a module the attribute of that name."""
+
+    name: str
+    value: Expr
+    signature: tuple[str, ...] = ()
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        if node.op == "call_module":
+            setattr(editor.gm.get_submodule(str(node.target)), self.name, self.value)
+        else:
+            write_argument(node, self.signature, self.name, editor.build(self.value, node))
+
+
+@dataclass(frozen=True)
+class CompactTensor(GraphEdit):
+    """The tensor at ``paths`` keeps ``index`` along each axis, in this order (see `take`)."""
+
+    paths: tuple[str, ...]
+    selections: tuple[tuple[int, Tensor], ...]
+
+    def apply(self, editor: GraphEditor) -> None:
+        old = get_attr(editor.gm, self.paths[0])
+        new = old.detach()
+        for axis, index in self.selections:
+            new = take(new, axis, index)
+        put_tensor(editor.gm, self.paths, new.contiguous(), like=old)
+
+
+@dataclass(frozen=True)
+class SetTensor(GraphEdit):
+    """Argument ``name`` of a call, a tensor at ``paths``, gets new values; created where the call had none."""
+
+    name: str
+    paths: tuple[str, ...]
+    tensor: Tensor
+    creates: bool = False
+    trainable: bool = True
+    signature: tuple[str, ...] = ()
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        fresh = torch.nn.Parameter(self.tensor, self.trainable) if self.creates and self.trainable else self.tensor
+        like = fresh if self.creates else get_attr(editor.gm, self.paths[0])
+        put_tensor(editor.gm, self.paths, self.tensor, like=like)
+        if self.creates and node.op != "call_module":
+            write_argument(node, self.signature, self.name, editor.attribute_node(self.paths[0], node))
+
+
+@dataclass(frozen=True)
+class ReplaceOperand(GraphEdit):
+    """Every use of node ``operand`` in this call becomes a constant tensor kept in a buffer at ``path``."""
+
+    operand: str
+    path: str
+    tensor: Tensor
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        set_attr(editor.gm, self.path, self.tensor)
+        node.replace_input_with(editor.nodes[self.operand], editor.attribute_node(self.path, node))
+
+
+@dataclass(frozen=True)
+class Bypass(GraphEdit):
+    """The call computes its operand ``by`` and goes."""
+
+    by: str
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        node.replace_all_uses_with(editor.nodes[self.by])
+
+
+@dataclass(frozen=True)
+class AffineAfter(GraphEdit):
+    """The call's result is multiplied by a number and a constant tensor at ``path`` is added."""
+
+    scale: float
+    path: str | None
+    tensor: Tensor | None
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        users = list(node.users)
+        result = node
+        if self.scale != 1:
+            with graph.inserting_after(result):
+                result = graph.call_function(operator.mul, (result, self.scale))
+        if self.path is not None and self.tensor is not None:
+            set_attr(editor.gm, self.path, self.tensor)
+            with graph.inserting_after(result):
+                shift = graph.get_attr(self.path)
+            with graph.inserting_after(shift):
+                result = graph.call_function(operator.add, (result, shift))
+        for user in users:
+            user.replace_input_with(node, result)
+
+
+@dataclass(frozen=True)
+class Retarget(GraphEdit):
+    """The call becomes a call of ``target`` with the same first operand and ``rest`` behind it."""
+
+    target: Any
+    rest: tuple[Expr, ...]
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        first = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        node.op, node.target = "call_function", self.target
+        node.args, node.kwargs = (first, *self.rest), {}
+
+
+@dataclass(frozen=True)
+class IndexInstead(GraphEdit):
+    """A slicing call becomes ``index_select`` of its operand along ``axis`` (positions no longer form a slice)."""
+
+    operand: str
+    axis: int
+    path: str
+    index: Tensor
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        set_attr(editor.gm, self.path, self.index)
+        index = editor.attribute_node(self.path, node)
+        with graph.inserting_before(node):
+            new = graph.call_function(torch.index_select, (editor.nodes[self.operand], self.axis, index))
+        node.replace_all_uses_with(new)
+        editor.nodes[self.node] = new
+
+
+@dataclass(frozen=True)
+class RestoreOutput(GraphEdit):
+    """An output regains its removed channels: gather the kept ones, put constants elsewhere.
+
+    ``where(mask, index_select(y, axis, index), template)`` needs no sizes, so any batch and picture size works.
+    ``node`` is the output node, ``result`` the value that lost channels.
+    """
+
+    result: str
+    axis: int
+    index: Tensor
+    mask: Tensor
+    template: Tensor
+
+    def apply(self, editor: GraphEditor) -> None:
+        graph, output, result = editor.gm.graph, editor.nodes[self.node], editor.nodes[self.result]
+        paths = {}
+        for role in ("index", "mask", "template"):
+            paths[role] = f"{self.result}_output_{role}"
+            set_attr(editor.gm, paths[role], getattr(self, role))
+        index, mask, template = (editor.attribute_node(p, output) for p in paths.values())
+        with graph.inserting_before(output):
+            gathered = graph.call_function(torch.index_select, (result, self.axis, index))
+            restored = graph.call_function(torch.where, (mask, gathered, template))
+        output.replace_input_with(result, restored)
+
+
+@dataclass(frozen=True)
+class FreezeSize(GraphEdit):
+    """A read of a size that is about to change keeps yielding the original number."""
+
+    value: Expr
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        frozen = editor.build(self.value, node)
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda n: frozen if n is node else n)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n: frozen if n is node else n)
+
+
+def take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Select positions along an axis; a ragged index has the tensor's rank and picks per outer row."""
+    index = index.to(tensor.device)
+    if index.dim() == 1:
+        return tensor.index_select(axis, index)
+    wide = [index.shape[d] if d == axis else max(index.shape[d], tensor.shape[d]) for d in range(tensor.dim())]
+    base = [tensor.shape[d] if d == axis else wide[d] for d in range(tensor.dim())]
+    return tensor.expand(base).gather(axis, index.expand(wide))
+
+
+def put_tensor(gm: fx.GraphModule, paths: Iterable[str], tensor: Tensor, like: Tensor) -> None:
+    """Store one tensor under all its names, a parameter where ``like`` is one."""
+    new = torch.nn.Parameter(tensor, like.requires_grad) if isinstance(like, torch.nn.Parameter) else tensor
+    for path in paths:
+        set_attr(gm, path, new)

@@ -1,0 +1,104 @@
+"""A graph as the analyses see it: values, parameters by identity, and concrete hint shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from srfx.ir.attrs import get_attr
+
+
+@dataclass(eq=False)
+class Param:
+    """A parameter, buffer or constant tensor, one object however many names and sites it has."""
+
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    n_sites: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def __repr__(self) -> str:
+        return f"Param({self.names[0] if self.names else '?'}, {list(self.shape)})"
+
+
+Value: TypeAlias = fx.Node | Param
+
+
+class Program:
+    """A GraphModule with the hint value of every node; reads only.
+
+    Args:
+        gm: the owned graph.
+        hints: node -> fake tensor, int or container, as `srfx.ir.shapes.propagate` returns them.
+    """
+
+    def __init__(self, gm: fx.GraphModule, hints: dict[fx.Node, Any]) -> None:
+        self.gm = gm
+        self.hints = hints
+        self.modules: dict[str, torch.nn.Module] = dict(gm.named_modules(remove_duplicate=False))
+        self._params: dict[int, Param] = {}
+        for name, tensor in _named_tensors(gm):
+            self._params.setdefault(id(tensor), Param(tensor)).names.append(name)
+        self._attributes: dict[fx.Node, Param] = {}
+        self._count_sites()
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.gm.graph.nodes)
+
+    def param(self, tensor: Tensor) -> Param:
+        """The one Param of this tensor object."""
+        return self._params.setdefault(id(tensor), Param(tensor))
+
+    def params(self) -> Iterator[Param]:
+        """All parameters, in the order of their first names."""
+        return iter(self._params.values())
+
+    def value(self, node: fx.Node) -> Value:
+        """The node itself, or the Param that a get_attr node reads."""
+        return self._attributes.get(node, node)
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Concrete hint shape of a tensor value."""
+        if isinstance(value, Param):
+            return value.shape
+        return tuple(int(s) for s in self.hints[value].shape)
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        return isinstance(self.hints.get(node), Tensor)
+
+    def _count_sites(self) -> None:
+        uses: Counter[int] = Counter()
+        for node in self.gm.graph.nodes:
+            if node.op == "get_attr":
+                tensor = get_attr(self.gm, str(node.target))
+                if isinstance(tensor, Tensor):
+                    param = self.param(tensor)
+                    if node.target not in param.names:
+                        param.names.append(node.target)
+                    self._attributes[node] = param
+                    uses[id(tensor)] += sum(list(_flat(u)).count(node) for u in node.users)
+            elif node.op == "call_module":
+                for _, tensor in _named_tensors(self.modules[node.target]):
+                    uses[id(tensor)] += 1
+        for key, param in self._params.items():
+            param.n_sites = uses[key]
+
+
+def _flat(node: fx.Node) -> Iterator[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n))
+    return iter(found)
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)

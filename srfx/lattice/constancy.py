@@ -1,0 +1,70 @@
+"""The constancy lattice: unreached < constant k < varies, one element per channel; join is pointwise.
+
+A fact is a pair of tensors with the rank of the value it describes; axes that carry no channels have size 1
+(both tensors only have to broadcast to each other).  The value of a varying channel is stored as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Constancy:
+    """Which channels vary, and the value of those that do not (float64, or the parameter itself)."""
+
+    varies: Tensor
+    value: Tensor
+
+    @classmethod
+    def top(cls, rank: int) -> Constancy:
+        """Every channel varies."""
+        return cls(torch.ones((1,) * rank, dtype=torch.bool), torch.zeros((1,) * rank, dtype=torch.float64))
+
+    @classmethod
+    def known(cls, value: Tensor) -> Constancy:
+        """Every element is known: a parameter, or something computed from parameters alone."""
+        return cls(torch.zeros((1,) * value.dim(), dtype=torch.bool, device=value.device), value)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether no channel varies."""
+        return not bool(self.varies.any())
+
+    def is_constant(self, k: float) -> Tensor:
+        """Channels that are the constant k, bool of the joint layout."""
+        return ~self.varies & (self.value == k)
+
+    def nonzero(self) -> Tensor:
+        """Channels that are a constant other than 0."""
+        return ~self.varies & (self.value != 0)
+
+    def leq(self, other: Constancy) -> bool:
+        """Whether this fact says at least as much as ``other`` (lies below it)."""
+        same = ~self.varies & ~other.varies & (self.value == other.value)
+        return bool((other.varies | same).all())
+
+    def join(self, other: Constancy) -> Constancy:
+        """The least fact above both: constant where both are the same constant."""
+        varies = self.varies | other.varies | (self.value != other.value)
+        return Constancy(varies, torch.where(varies, 0, self.value))
+
+    def settle(self, axes: Iterable[int]) -> Constancy:
+        """Keep only ``axes`` apart: along every other axis a channel is constant iff it is uniform and finite."""
+        varies, value, keep = self.varies, self.value, set(axes)
+        for axis in range(value.dim()):
+            if axis in keep:
+                continue
+            if value.shape[axis] > 1:
+                first = value.narrow(axis, 0, 1)
+                varies = varies | (value != first).any(axis, keepdim=True)
+                value = first
+            if varies.shape[axis] > 1:
+                varies = varies.any(axis, keepdim=True)
+        if value.is_floating_point():
+            varies = varies | ~torch.isfinite(value)
+        return Constancy(varies, torch.where(varies, 0, value))

@@ -1,0 +1,561 @@
+"""Contractions with a known weight: linear, matmul with a parameter, and every convolution.
+
+All of them are, seen by channels, y[r] = sum_c W[r, c, taps] x[c] + b[r] in G groups.  The weight is viewed as
+M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is said once for that form.
+
+    constant   y[r] is, when W[r, c] = 0 for every c that varies            (theory: Lemmas L1, L2)
+    live       x[c] is, when it varies and some live row reads it; constants are folded into the bias
+    border     where the reader does not see a constant alike at every position (zero padding, transposed stride), all
+               nonzero constants of the operand are carried by one of them   (theory: Lemma L4)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit, SetArgument, SetTensor
+from srfx.ir.plan import Reason
+from srfx.ir.program import Param, Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+from srfx.ops.sizes import set_argument
+
+aten = torch.ops.aten
+
+
+class Contraction(OpRule):
+    """y = W x + b by channels; subclasses say how the weight is laid out and what a constant meets."""
+
+    signature = ("input", "weight", "bias")
+
+    # -------------------------------------------------------------- what a subclass says
+    def groups(self, call: Call) -> int:
+        return 1
+
+    def channel_axis(self, call: Call) -> int:
+        """Axis of the operand that is contracted, and of the result that is made."""
+        raise NotImplementedError
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        """The weight as M [G, R, C, taps], a view."""
+        raise NotImplementedError
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        """A tensor [G, R, C] laid out to broadcast against the weight."""
+        raise NotImplementedError
+
+    def row_axis(self, call: Call) -> int:
+        """Axis of the weight that makes the result's channels."""
+        return 0
+
+    def has_border(self, call: Call) -> bool:
+        """Whether positions differ in which taps they see."""
+        return False
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """Edits of widths in the call."""
+        return ()
+
+    # -------------------------------------------------------------- operands
+    def x(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def w(self, call: Call) -> Value:
+        value = call.value("weight")
+        assert value is not None
+        return value
+
+    def refused(self, call: Call) -> Reason | None:
+        """Why this call is a barrier, if it is one: its weight is no plain finite float tensor."""
+        value = call.value("weight")
+        if not isinstance(value, Param) or call.value("input") is None:
+            return Reason.UNKNOWN_OP
+        weight = value.tensor
+        if not weight.is_floating_point() or weight.layout != torch.strided or weight.is_quantized:
+            return Reason.UNSUPPORTED_DTYPE
+        if not _is_finite(weight):
+            return Reason.NON_FINITE
+        return None
+
+    def is_private(self, call: Call, facts: FactTable) -> bool:
+        """Whether weight and bias may be changed: one site only, and one channel vector at every outer position."""
+        x, axis = self.x(call), self.channel_axis(call)
+        for name in ("weight", "bias"):
+            value = call.value(name)
+            if isinstance(value, Param) and value.n_sites > 1:
+                return False
+        return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
+
+    # -------------------------------------------------------------- labels
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        reason = self.refused(call)
+        if reason is not None:
+            labels.refuse(call.node, reason)
+            return super().label(call, labels)
+        x, w, axis, g = self.x(call), self.w(call), self.channel_axis(call), self.groups(call)
+        fields = self.outer(call, labels)
+        rows = self._rows(call, labels, w)
+        if g == 1:
+            columns = labels.of(w)[self.column_axis(call)].reshape(-1)
+            rank = len(call.shape(x))
+            self._unify_columns(call, labels, fields, columns, rank)
+            labels.of(w)
+        else:
+            self._label_groups(call, labels, fields, rows, g)
+        self._pin_kernel(call, labels, w)
+        self._label_bias(call, labels, rows)
+        shape = [1] * len(call.out_shape)
+        shape[axis] = rows.numel()
+        kept = {a: f for a, f in fields.items() if a != axis}
+        for a, f in kept.items():
+            if f.shape[axis] > 1:
+                labels.table.tie(f, f.narrow(axis, 0, 1))
+                kept[a] = f.narrow(axis, 0, 1)
+        return {**kept, axis: rows.view(shape)}
+
+    def outer(self, call: Call, labels: Labeller) -> Fields:
+        """Fields of the operand that the op can follow; subclasses pin the rest."""
+        return dict(labels.of(self.x(call)))
+
+    def column_axis(self, call: Call) -> int:
+        return 1 - self.row_axis(call)
+
+    def _rows(self, call: Call, labels: Labeller, w: Value) -> Tensor:
+        fields = labels.of(w)[self.row_axis(call)]
+        return fields.reshape(-1)
+
+    def _unify_columns(self, call: Call, labels: Labeller, fields: Fields, columns: Tensor, rank: int) -> None:
+        axis = self.channel_axis(call)
+        shape = tuple(columns.numel() if a == axis else 1 for a in range(rank))
+        labels.unify([(fields, call.shape(self.x(call))), ({axis: columns.view(shape)}, shape)], rank, call.node.name)
+
+    def _label_groups(self, call: Call, labels: Labeller, fields: Fields, rows: Tensor, g: int) -> None:
+        raise NotImplementedError
+
+    def _pin_kernel(self, call: Call, labels: Labeller, w: Value) -> None:
+        labels.pin(w, call.node.name, Reason.CHANNEL_MIXING, range(2, len(call.shape(w))))
+
+    def _label_bias(self, call: Call, labels: Labeller, rows: Tensor) -> None:
+        bias = call.value("bias")
+        if bias is None:
+            labels.declare(call.slot("bias"), {0: rows})
+        elif call.shape(bias) == (rows.numel(),):
+            labels.table.tie(labels.of(bias)[0], rows)
+        else:
+            labels.pin(bias, call.node.name, Reason.UNTRACKED_AXIS)
+            labels.table.pin(rows, call.node.name, Reason.UNTRACKED_AXIS.name)
+
+    # -------------------------------------------------------------- facts as [outer.., G, C] and [outer.., G, R]
+    def _reads(self, call: Call, facts: FactTable) -> Tensor:
+        """Which rows read which columns, [G, R, C] bool."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        key = (id(w.tensor), self.groups(call), self.row_axis(call))
+        if key not in facts.cache:
+            m = self.matrix(call, w.tensor.detach())
+            facts.cache[key] = (m != 0).any(-1).cpu() if m.shape[-1] > 1 else (m[..., 0] != 0).cpu()
+        return facts.cache[key]
+
+    def _by_group(self, call: Call, t: Tensor) -> Tensor:
+        """A layout tensor of the operand as [outer.., G, C]: channels last, split by group."""
+        axis, x = self.channel_axis(call), self.x(call)
+        width = call.shape(x)[axis]
+        t = t.expand([width if a == axis else n for a, n in enumerate(t.shape)])
+        return t.movedim(axis, -1).unflatten(-1, (self.groups(call), -1))
+
+    def _rows_layout(self, call: Call, t: Tensor) -> Tensor:
+        """[outer.., G, R] as a layout tensor of the result."""
+        return t.flatten(-2).movedim(-1, self.channel_axis(call))
+
+    def _rows_by_group(self, call: Call, live: Tensor) -> Tensor:
+        axis = self.channel_axis(call)
+        width = call.out_shape[axis]
+        live = live.expand([width if a == axis else n for a, n in enumerate(live.shape)])
+        return live.movedim(axis, -1).unflatten(-1, (self.groups(call), -1))
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        if self.refused(call) is not None:
+            return super().forward(call, facts)
+        c, reads = facts.constancy(self.x(call)), self._reads(call, facts)
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        disturbing = varies | (value != 0) if self.has_border(call) else varies
+        moved = _any(disturbing, reads)
+        result = self._fold_value(call, torch.where(disturbing, 0.0, value))
+        bias = call.value("bias")
+        if bias is not None:
+            found = facts.constancy(bias)
+            shift = found.value.double().cpu().expand(torch.broadcast_shapes(found.value.shape, found.varies.shape))
+            if shift.dim() != 1 or not found.is_known:
+                return Constancy.top(len(call.out_shape))
+            result = result + shift.unflatten(0, (self.groups(call), -1)) if shift.numel() > 1 else result + shift
+        return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result.expand(moved.shape)))
+
+    def _fold_value(self, call: Call, value: Tensor) -> Tensor:
+        """sum_c W[r, c] k[c] over all taps, [outer.., G, R], in float64; reads only columns with k != 0."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        m = self.matrix(call, w.tensor.detach())
+        used = (value != 0).flatten(0, -2).any(0)
+        if not bool(used.any()):
+            return torch.zeros(*value.shape[:-1], m.shape[1], dtype=torch.float64)
+        columns = used.nonzero().flatten()
+        part = m.index_select(2, columns.to(m.device)).double().sum(-1).cpu()
+        return (part * value.index_select(-1, columns).unsqueeze(-2)).sum(-1)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if self.refused(call) is not None or not isinstance(live, Tensor):
+            return super().backward(call, live, facts)
+        x = self.x(call)
+        wanted = self._wanted(call, live, facts)
+        axis = self.channel_axis(call)
+        demand: Demand = {x: collapse(wanted.flatten(-2).movedim(-1, axis), facts.layout(x))}
+        bias = call.value("bias")
+        if bias is not None and not isinstance(bias, Param):
+            demand[bias] = collapse(live.movedim(axis, -1), facts.layout(bias))
+        return demand
+
+    def _wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        """Channels this call reads in its folded form, [outer.., G, C]."""
+        x = self.x(call)
+        c, reads = facts.constancy(x), self._reads(call, facts)
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        read = _any(self._rows_by_group(call, live), reads.transpose(1, 2))
+        if not self.is_private(call, facts):
+            kept = self._by_group(call, facts.kept_channels(x))
+            return read & (varies | (value != 0) | kept)
+        wanted = read & varies
+        border = read & ~varies & (value != 0)
+        if self.has_border(call) and bool(border.any()):
+            wanted = wanted | (border if self.groups(call) > 1 else self._carrier(call, facts, border))
+        return wanted
+
+    def _carrier(self, call: Call, facts: FactTable, border: Tensor) -> Tensor:
+        """The one channel that carries the operand's constants; not chosen yet in the first phase."""
+        chosen = facts.carriers.get(self.x(call))
+        marked = torch.zeros_like(border)
+        if chosen is not None:
+            marked[..., chosen] = True
+        return marked
+
+    def border_constants(self, call: Call, facts: FactTable) -> Tensor | None:
+        """Nonzero constants of the operand that need a carrier, [C]; None when there is no such need."""
+        live = facts.live.get(call.node)
+        if self.refused(call) is not None or not isinstance(live, Tensor) or self.groups(call) > 1:
+            return None
+        if not self.has_border(call) or not self.is_private(call, facts):
+            return None
+        c = facts.constancy(self.x(call))
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        read = _any(self._rows_by_group(call, live), self._reads(call, facts).transpose(1, 2))
+        border = (read & ~varies & (value != 0)).flatten(0, -2).any(0)
+        return border if bool(border.any()) else None
+
+    # -------------------------------------------------------------- edits
+    def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if self.refused(call) is not None or not self.is_private(call, facts):
+            return []
+        x, w, live = self.x(call), self.w(call), facts.liveness(call.node)
+        assert isinstance(w, Param)
+        c = facts.constancy(x)
+        varies = self._by_group(call, c.varies.cpu()).flatten(0, -3)[0]  # [G, C]: private, so no outer positions
+        value = self._by_group(call, c.value.double().cpu()).flatten(0, -3)[0]
+        rows = self._rows_by_group(call, live).flatten(0, -3).any(0)  # [G, R]
+        wanted = self._wanted(call, live, facts).flatten(0, -3)[0]  # [G, C]
+        reads = self._reads(call, facts)
+        absorbed = torch.where(varies | wanted, 0.0, value)
+        used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
+        edits: list[GraphEdit] = []
+        weight = w.tensor.detach()
+        carried = self.has_border(call) and bool((absorbed != 0).any())
+        if carried or bool((reads & ~used).any()):
+            new = weight * self.unmatrix(call, used.to(weight), weight)
+            if carried:
+                new = new + self._carry(call, facts, weight, absorbed[0], value[0], rows[0])
+            edits.append(SetTensor(call.node.name, "weight", tuple(w.names), new))
+        return edits + self._fold_bias(call, facts, None if self.has_border(call) else absorbed, rows)
+
+    def _carry(self, call: Call, facts: FactTable, weight: Tensor, absorbed: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        """sum_c (k_c / k_0) W[:, c] at the carrier's column, zero elsewhere; computed in float64."""
+        carrier = facts.carriers[self.x(call)]
+        m = self.matrix(call, weight)[0]  # [R, C, taps]
+        columns = (absorbed != 0).nonzero().flatten()
+        ratio = (absorbed[columns] / value[carrier]).to(m.device)
+        moved = (m.index_select(1, columns.to(m.device)).double() * ratio.view(1, -1, 1)).sum(1) * rows.to(m).view(-1, 1)
+        new = torch.zeros_like(weight)
+        self.matrix(call, new)[0, :, carrier] = moved.to(weight.dtype)
+        return new
+
+    def _fold_bias(self, call: Call, facts: FactTable, absorbed: Tensor | None, rows: Tensor) -> list[GraphEdit]:
+        bias, w = call.value("bias"), self.w(call)
+        assert isinstance(w, Param)
+        shift = torch.zeros(rows.shape, dtype=torch.float64) if absorbed is None else self._fold_value(call, absorbed)
+        if bias is None:
+            shift = torch.where(rows, shift, 0.0).flatten()
+            if not bool((shift != 0).any()):
+                return []
+            new = shift.to(w.tensor)
+            return [SetTensor(call.node.name, "bias", (call.slot("bias"),), new, True, w.tensor.requires_grad, call.signature)]
+        if not isinstance(bias, Param) or bias.tensor.dim() != 1:
+            return []
+        old = bias.tensor.detach()
+        folded = (old.double().cpu() + shift.flatten()).to(old)
+        new = torch.where(rows.flatten().to(old.device), folded, 0.0)
+        return [] if torch.equal(new, old) else [SetTensor(call.node.name, "bias", tuple(bias.names), new)]
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return [] if self.refused(call) is not None else list(self.resize(call, facts))
+
+    def widths(self, call: Call, facts: FactTable) -> tuple[int, int]:
+        """Channels that stay in the operand and in the result."""
+        x, axis = self.x(call), self.channel_axis(call)
+        fields = facts.fields(x)
+        before = facts.count(fields, axis) if axis in fields else call.shape(x)[axis]
+        return before, facts.count(facts.fields(call.node), axis)
+
+
+def _any(flags: Tensor, reads: Tensor) -> Tensor:
+    """OR over columns: [outer.., G, C] bool and [G, R, C] bool give [outer.., G, R]."""
+    return (reads.float() @ flags.float().unsqueeze(-1)).squeeze(-1) > 0
+
+
+def _is_finite(weight: Tensor) -> bool:
+    total = weight.detach().sum(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(weight.detach()).all())
+
+
+# ------------------------------------------------------------------------------------------ linear
+@op_rule(nn.Linear, F.linear, aten.linear.default)
+class Linear(Contraction):
+    """y = x W^T + b.  x [.., C_in], W [C_out, C_in], b [C_out] -> y [.., C_out]."""
+
+    def channel_axis(self, call: Call) -> int:
+        return len(call.shape(self.x(call))) - 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.view(1, *weight.shape, 1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0]
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if call.module is None:
+            return []
+        before, after = self.widths(call, facts)
+        return [SetArgument(call.node.name, "in_features", before), SetArgument(call.node.name, "out_features", after)]
+
+
+@op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
+class Addmm(Contraction):
+    """y = b + x W.  x [N, C_in], W [C_in, C_out], b [C_out]; scaled forms are barriers."""
+
+    def refused(self, call: Call) -> Reason | None:
+        if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:
+            return Reason.UNKNOWN_OP
+        bias = call.value("bias")
+        if bias is None or len(call.shape(bias)) != 1:
+            return Reason.UNKNOWN_OP
+        return super().refused(call)
+
+    def channel_axis(self, call: Call) -> int:
+        return len(call.shape(self.x(call))) - 1
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.t().unsqueeze(0).unsqueeze(-1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0].t()
+
+
+# ------------------------------------------------------------------------------------------ convolution
+class Convolution(Contraction):
+    """y[n, r, p] = b[r] + sum_c,t W[r, c, t] x[n, c, s p + d t - pad].  W [C_out, C_in/G, *k]."""
+
+    signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+    def n_spatial(self, call: Call) -> int:
+        return len(call.shape(self.w(call))) - 2
+
+    def groups(self, call: Call) -> int:
+        return int(call.get("groups", 1))
+
+    def channel_axis(self, call: Call) -> int:
+        return len(call.out_shape) - self.n_spatial(call) - 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups(call), -1)).flatten(3)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        flat = m.flatten(0, 1)
+        return flat.view(*flat.shape, *(1 for _ in range(weight.dim() - 2)))
+
+    def has_border(self, call: Call) -> bool:
+        if call.module is not None and call.get("padding_mode", "zeros") != "zeros":
+            return False
+        padding = call.get("padding", 0)
+        if isinstance(padding, str):
+            return padding == "same" and any(k > 1 for k in call.shape(self.w(call))[2:])
+        return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
+
+    def outer(self, call: Call, labels: Labeller) -> Fields:
+        x, axis = self.x(call), self.channel_axis(call)
+        fields = dict(labels.of(x))
+        spatial = [a for a in fields if a > axis]
+        labels.pin(x, call.node.name, Reason.CHANNEL_MIXING, spatial)
+        fields = {a: f for a, f in fields.items() if a <= axis}
+        for a, f in fields.items():
+            for d in range(axis + 1, f.dim()):
+                if f.shape[d] > 1:
+                    labels.table.tie(f, f.narrow(d, 0, 1))
+                    f = fields[a] = f.narrow(d, 0, 1)
+        return fields
+
+    def _rows(self, call: Call, labels: Labeller, w: Value) -> Tensor:
+        """Row labels; those of a grouped weight's columns differ from group to group, so they are set here."""
+        if self.groups(call) > 1 and w not in labels.fields:
+            self._grouped_fields(call, labels, w)
+        return self._result_rows(call, labels.of(w))
+
+    def _grouped_fields(self, call: Call, labels: Labeller, w: Value) -> None:
+        shape = call.shape(w)
+        rank, g = len(shape), self.groups(call)
+        per_group = self._per_group(call)  # lanes along axis 1, one set of them for each group of axis-0 positions
+        lanes = labels.table.fresh(g, per_group).repeat_interleave(shape[0] // g, 0)
+        fields = {a: labels.table.fresh(n).view([n if i == a else 1 for i in range(rank)]) for a, n in enumerate(shape)}
+        fields[1] = lanes.view(shape[0], per_group, *(1 for _ in range(rank - 2)))
+        labels.fields[w] = fields
+
+    def _per_group(self, call: Call) -> int:
+        return call.shape(self.w(call))[1]
+
+    def _result_rows(self, call: Call, fields: Fields) -> Tensor:
+        return fields[0].reshape(-1)
+
+    def _operand_columns(self, call: Call, fields: Fields) -> Tensor:
+        """Labels of the operand's channels as the weight knows them, [C_in]."""
+        g, lanes = self.groups(call), fields[1].flatten(1)
+        return lanes.view(g, -1, lanes.shape[1])[:, 0].reshape(-1)
+
+    def _label_groups(self, call: Call, labels: Labeller, fields: Fields, rows: Tensor, g: int) -> None:
+        columns = self._operand_columns(call, labels.of(self.w(call)))
+        self._unify_columns(call, labels, fields, columns, len(call.shape(self.x(call))))
+        ins, outs, site = columns.view(g, -1), rows.view(g, -1), call.node.name
+        if ins.shape[1] == 1 and outs.shape[1] == 1:
+            labels.table.tie(ins, outs)
+            return
+        group = columns if ins.shape[1] == 1 else labels.table.fresh(g)
+        labels.table.block(ins, [group], site)
+        labels.table.block(outs, [group], site)
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        g = self.groups(call)
+        edits: list[GraphEdit] = []
+        if call.module is not None:
+            before, after = self.widths(call, facts)
+            edits += [SetArgument(call.node.name, "in_channels", before), SetArgument(call.node.name, "out_channels", after)]
+        if g > 1:
+            axis = self.channel_axis(call)
+            stay = facts.is_kept(facts.fields(call.node)[axis]).reshape(g, -1).any(1)
+            if int(stay.sum()) != g:
+                edits.append(set_argument(call, "groups", int(stay.sum())))
+        return edits
+
+
+op_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, aten.conv1d.default, aten.conv2d.default,
+        aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)(Convolution)  # fmt: skip
+
+
+class TransposedConvolution(Convolution):
+    """The adjoint of a convolution.  W [C_in, C_out/G, *k]; positions see different taps unless the kernel is 1."""
+
+    signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups(call), -1)).transpose(1, 2).flatten(3)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        flat = m.transpose(1, 2).flatten(0, 1)
+        return flat.view(*flat.shape, *(1 for _ in range(weight.dim() - 2)))
+
+    def has_border(self, call: Call) -> bool:
+        ones = all(k == 1 for k in call.shape(self.w(call))[2:])
+        return not (ones and _all(call.get("stride", 1), 1) and _all(call.get("padding", 0), 0))
+
+    def _result_rows(self, call: Call, fields: Fields) -> Tensor:
+        if self.groups(call) == 1:
+            return fields[1].reshape(-1)
+        lanes = fields[1].flatten(1)
+        return lanes.view(self.groups(call), -1, lanes.shape[1])[:, 0].reshape(-1)
+
+    def _operand_columns(self, call: Call, fields: Fields) -> Tensor:
+        return fields[0].reshape(-1)
+
+
+op_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, F.conv_transpose1d, F.conv_transpose2d,
+        F.conv_transpose3d, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input)(TransposedConvolution)  # fmt: skip
+
+
+def _all(value: Any, wanted: int) -> bool:
+    return all(v == wanted for v in value) if isinstance(value, (tuple, list)) else value == wanted
+
+
+class _Convolution(Convolution):
+    """aten.convolution with ``transposed`` False."""
+
+    signature = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+
+    def refused(self, call: Call) -> Reason | None:
+        return Reason.UNKNOWN_OP if call.get("transposed") else super().refused(call)
+
+
+op_rule(aten.convolution.default)(_Convolution)
+
+
+class MatmulWithParameter(Linear):
+    """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind."""
+
+    signature = ("input", "weight")
+
+    def refused(self, call: Call) -> Reason | None:
+        w = call.value("weight")
+        if w is None or len(call.shape(w)) != 2:
+            return Reason.UNKNOWN_OP
+        return super().refused(call)
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.t().unsqueeze(0).unsqueeze(-1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0].t()
+
+    def is_private(self, call: Call, facts: FactTable) -> bool:
+        """A product has no bias to fold a nonzero constant into."""
+        constants = facts.constancy(self.x(call)).nonzero()
+        return super().is_private(call, facts) and not bool(constants.any())
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return []
+
+
+op_rule(torch.mm, "mm", torch.matmul, "matmul", operator.matmul, aten.mm.default, aten.matmul.default)(MatmulWithParameter)

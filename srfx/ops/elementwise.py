@@ -1,0 +1,300 @@
+"""Elementwise ops of any number of operands, with broadcasting (theory: Lemmas E1 to E4)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from srfx.ir.call import Call
+from srfx.ir.edits import Bypass, GraphEdit, ReplaceOperand
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.registry import has_rule, op_rule
+from srfx.ops.rule import Effect, OpRule
+
+aten = torch.ops.aten
+
+
+class Elementwise(OpRule):
+    """y = f(x_1, .., x_n) position by position.
+
+    Constant where all operands are; live channels are live in every operand.  An operand that is constant
+    altogether, while others carry the shape, is read as a stored constant and need not be computed.
+    """
+
+    signature = ("input", "other")
+
+    def operands(self, call: Call) -> list[Value]:
+        return [v for v in call.values() if not isinstance(v, fx.Node) or isinstance(call.program.hints[v], Tensor)]
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        if not isinstance(call.output, Tensor):
+            self._label_integers(call, labels)
+            return {}
+        found = [(labels.of(v), call.shape(v)) for v in self.operands(call)]
+        return labels.unify(found, len(call.out_shape), call.node.name)
+
+    def _label_integers(self, call: Call, labels: Labeller) -> None:
+        if not any(labels.is_dynamic(n) for n in call.node.all_input_nodes):
+            labels.static.add(call.node)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        if not isinstance(call.output, Tensor):
+            return Constancy.top(0)
+        operands = {v: facts.constancy(v) for v in self.operands(call)}
+        varies = torch.zeros((1,) * len(call.out_shape), dtype=torch.bool)
+        for c in operands.values():
+            varies = varies | c.varies.cpu()
+        if bool(varies.all()) and not any(c.value.numel() > 1 for c in operands.values()):
+            return Constancy.top(len(call.out_shape))
+        value = call.run({v: _typed(c.value, _dtype(call, v)) for v, c in operands.items()})
+        value = value.double() if isinstance(value, Tensor) and not value.is_complex() else torch.tensor(float("nan"))
+        return self.annihilate(call, Constancy(varies.cpu(), value.cpu()), facts)
+
+    def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
+        """Channels that are constant although an operand varies."""
+        return result
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if not isinstance(call.output, Tensor):
+            return {}
+        assert isinstance(live, Tensor)
+        wanted = self.wanted(call, live, facts)
+        return {
+            v: collapse(self.refine(call, v, wanted, facts), _aligned(facts.layout(v), wanted)).reshape(_layout(facts, v, wanted))
+            for v in self.reads(call, facts)
+        }
+
+    def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        """Channels of the result that have to be right; a partial function has no harmless argument."""
+        return live
+
+    def refine(self, call: Call, value: Value, live: Tensor, facts: FactTable) -> Tensor:
+        """Live channels of one operand."""
+        return live
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        operands = self.operands(call)
+        constant = self.constant_operand(call, facts)
+        return [v for v in operands if v is not constant]
+
+    def constant_operand(self, call: Call, facts: FactTable) -> fx.Node | None:
+        """A computed operand that is constant altogether, where the others alone give the result its shape."""
+        operands = self.operands(call)
+        if len(operands) < 2 or facts.constancy(call.node).is_known:
+            return None
+        for value in operands:
+            others = [call.shape(v) for v in operands if v is not value]
+            if not isinstance(value, fx.Node) or not facts.constancy(value).is_known:
+                continue
+            if tuple(torch.broadcast_shapes(*others)) == call.out_shape and call.output.dtype == _promoted(call, operands, value):
+                return value
+        return None
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        operand = self.constant_operand(call, facts) if isinstance(call.output, Tensor) else None
+        if operand is None:
+            return []
+        constant = facts.constancy(operand)
+        value = constant.value.expand(torch.broadcast_shapes(constant.value.shape, constant.varies.shape))
+        value = facts.compact(value, facts.fields(operand), call.shape(operand))
+        neutral = self.neutral(call, operand, value)
+        if neutral is not None:
+            return [Bypass(call.node.name, neutral.name)]
+        stored = value.to(call.program.hints[operand].dtype).contiguous()
+        return [ReplaceOperand(call.node.name, operand.name, f"{call.node.name}_constant", stored)]
+
+    def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
+        """The other operand, when the constant one changes nothing."""
+        return None
+
+
+class Partial(Elementwise):
+    """An elementwise op that may yield inf or nan: its operands are live wherever the result is kept."""
+
+    def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        return live | facts.kept_channels(call.node)
+
+
+class Product(Elementwise):
+    """y = a * b: constant 0 where either is 0, and then the other is not read."""
+
+    def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
+        zero = torch.zeros((1,) * len(call.out_shape), dtype=torch.bool)
+        for v in self.operands(call):
+            zero = zero | facts.constancy(v).is_constant(0).cpu()
+        return Constancy(result.varies & ~zero, result.value.masked_fill(zero, 0) if zero.any() else result.value)
+
+    def refine(self, call: Call, value: Value, live: Tensor, facts: FactTable) -> Tensor:
+        operands = self.operands(call)
+        if len(operands) < 2:
+            return live
+        first, second = operands[0], operands[1]
+        zero = {v: facts.constancy(v).is_constant(0).cpu() for v in (first, second)}
+        if value is first:
+            return live & (zero[first] | ~zero[second])
+        return live & ~zero[first]
+
+    def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
+        return _other(call, self.operands(call), operand) if bool((value == 1).all()) else None
+
+
+class Sum(Elementwise):
+    """y = a + b, a - b."""
+
+    def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
+        if bool((value != 0).any()) or (self.subtracts and call["input"] is operand):
+            return None
+        if call.get("alpha", 1) != 1 and call["input"] is operand:
+            return None
+        return _other(call, self.operands(call), operand)
+
+    subtracts = False
+
+
+class Fill(Elementwise):
+    """zeros_like, full_like and kin: a constant of the operand's shape; the operand lends only its shape."""
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        value = call.run({v: torch.zeros((1,) * len(call.shape(v)), dtype=_dtype(call, v)) for v in self.operands(call)})
+        return Constancy(torch.zeros_like(value, dtype=torch.bool), value.double())
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        return {}
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return self.operands(call)
+
+
+class Random(Elementwise):
+    """Elementwise with random numbers: only a zero that stays zero is constant."""
+
+    effect = Effect.RANDOM
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        found = facts.constancy(self.operands(call)[0])
+        if not self.is_active(call):
+            return found
+        return Constancy(found.varies | (found.value != 0), torch.zeros_like(found.value))
+
+    def is_active(self, call: Call) -> bool:
+        if call.module is not None:
+            return call.module.training and float(call.get("p", 0)) > 0
+        return bool(call.get("training", call.get("train", True))) and float(call.get("p", 0.5)) > 0
+
+
+def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach()
+    if dtype == torch.bool:
+        return value != 0
+    return value.double() if dtype.is_floating_point else value.to(dtype)
+
+
+def _dtype(call: Call, value: Value) -> torch.dtype:
+    return call.program.hints[value].dtype if isinstance(value, fx.Node) else value.tensor.dtype  # type: ignore[no-any-return]
+
+
+def _promoted(call: Call, operands: list[Value], _: Value) -> torch.dtype:
+    found = _dtype(call, operands[0])
+    for v in operands[1:]:
+        found = torch.promote_types(found, _dtype(call, v))
+    return found if not call.output.dtype == torch.bool else torch.bool
+
+
+def _other(call: Call, operands: list[Value], operand: fx.Node) -> fx.Node | None:
+    rest = [v for v in operands if v is not operand]
+    if len(rest) != 1 or not isinstance(rest[0], fx.Node):
+        return None
+    same = call.shape(rest[0]) == call.out_shape and _dtype(call, rest[0]) == call.output.dtype
+    return rest[0] if same else None
+
+
+def _aligned(layout: tuple[int, ...], live: Tensor) -> tuple[int, ...]:
+    return (1,) * (live.dim() - len(layout)) + layout
+
+
+def _layout(facts: FactTable, value: Value, live: Tensor) -> tuple[int, ...]:
+    """Shape of the collapsed demand: sizes of ``live`` where both differ, without the new leading axes."""
+    layout = facts.layout(value)
+    sizes = tuple(live.shape)[live.dim() - len(layout) :]
+    return tuple(s if n != 1 else 1 for s, n in zip(sizes, layout, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ the ops
+TOTAL = """
+abs relu relu6 elu selu celu gelu silu mish sigmoid tanh softplus softsign hardtanh hardswish hardsigmoid hardshrink
+softshrink tanhshrink threshold leaky_relu rrelu logsigmoid log_sigmoid sign sgn neg negative ceil floor round trunc fix frac
+clamp clamp_min clamp_max clip cos sin atan arctan erf erfc sinc asinh arcsinh square deg2rad rad2deg maximum minimum fmax fmin
+max min where eq ne lt le gt ge equal greater less greater_equal less_equal not_equal logical_and logical_or logical_not
+logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isposinf isneginf nan_to_num atan2 arctan2 hypot
+logaddexp logaddexp2 copysign heaviside lerp addcmul masked_fill rsub signbit __and__ __or__ __xor__ __invert__ i0
+bitwise_left_shift bitwise_right_shift
+""".split()
+
+PARTIAL = """
+log log2 log10 log1p sqrt rsqrt reciprocal div divide true_divide floor_divide pow float_power exp exp2 expm1 sinh cosh tan
+asin acos arcsin arccos acosh arccosh atanh arctanh lgamma digamma logit erfinv fmod remainder xlogy addcdiv mvlgamma polygamma
+""".split()
+
+MODULES: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.LeakyReLU,
+    nn.LogSigmoid,
+)  # fmt: skip
+
+OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "total": (operator.neg, operator.pos, operator.abs, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+              operator.and_, operator.or_, operator.xor, operator.invert, operator.not_),
+    "partial": (operator.truediv, operator.floordiv, operator.mod, operator.pow),
+}  # fmt: skip
+
+
+def spellings(name: str) -> Iterator[Any]:
+    """Every target that spells the op ``name``: functions, the method, its ATen overloads."""
+    seen: list[Any] = []
+    for home in (torch, F, torch.special):
+        target = getattr(home, name, None)
+        if callable(target) and not isinstance(target, type):
+            seen.append(target)
+    if hasattr(Tensor, name):
+        seen.append(name)
+    packet = getattr(aten, name, None)
+    if packet is not None:
+        seen += [getattr(packet, o) for o in packet.overloads() if "out" not in o]
+    for target in dict.fromkeys(seen):
+        if not has_rule(target) and not _reduces(target):
+            yield target
+
+
+def _reduces(target: Any) -> bool:
+    """max and min of one tensor reduce; only their two-operand forms are elementwise."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target in (aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)
+    return target in (torch.max, torch.min, "max", "min")
+
+
+def _register() -> None:
+    op_rule(*(t for n in ("mul", "multiply") for t in spellings(n)), operator.mul)(Product)
+    op_rule(*spellings("add"), operator.add)(Sum)
+    op_rule(*(t for n in ("sub", "subtract") for t in spellings(n)), operator.sub, subtracts=True)(Sum)
+    fills = ("zeros_like", "ones_like", "full_like")
+    op_rule(*(t for n in fills for t in spellings(n)))(Fill)
+    noisy = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d")
+    modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    op_rule(*(t for n in noisy for t in spellings(n)), *modules, signature=("input", "p", "training"))(Random)
+    for name in TOTAL:
+        op_rule(*spellings(name))(Elementwise)
+    for name in PARTIAL:
+        op_rule(*spellings(name))(Partial)
+    op_rule(*MODULES, *OPERATORS["total"])(Elementwise)
+    op_rule(*OPERATORS["partial"])(Partial)
+
+
+_register()

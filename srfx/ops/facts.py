@@ -1,0 +1,235 @@
+"""Everything the analyses know about a program, keyed by value: the one thing that rules read.
+
+`Labeller` is handed to `OpRule.label`, `FactTable` to every other method of a rule.  Layout tensors throughout: the
+rank of the value, size 1 on axes along which nothing differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from srfx.ir.edits import take
+from srfx.ir.plan import Reason, Refusal
+from srfx.ir.program import Param, Program, Value
+from srfx.lattice.classes import Classes
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.labels import LabelTable
+from srfx.lattice.movement import Fields, Shape
+
+Live = Tensor | tuple[Tensor | None, ...]
+"""Live channels of a node's result: a bool layout tensor, or one for each element of a tuple result."""
+
+Demand = dict[Value | tuple[fx.Node, int], Tensor]
+"""Live channels that a call asks of its operands; (node, i) names element i of a tuple-valued operand."""
+
+
+@dataclass
+class Labeller:
+    """Hands out labels and records constraints while the graph is labelled in topological order."""
+
+    program: Program
+    table: LabelTable = field(default_factory=LabelTable)
+    fields: dict[Value, Fields | tuple[Fields, ...]] = field(default_factory=dict)
+    slots: dict[str, Fields] = field(default_factory=dict)
+    required: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    static: set[fx.Node] = field(default_factory=set)
+
+    def is_dynamic(self, raw: Any) -> bool:
+        """Whether an integer argument is computed at run time from sizes that may differ from call to call."""
+        found: list[fx.Node] = []
+        fx.node.map_arg(raw, found.append)
+        return any(n not in self.static for n in found)
+
+    def of(self, value: Value) -> Fields:
+        """Channel axes of a value; a parameter gets fresh labels on every axis when first met."""
+        if value not in self.fields and isinstance(value, Param):
+            shape = value.shape
+            self.fields[value] = {
+                a: self.table.fresh(n).view(_along(a, len(shape))) for a, n in enumerate(shape) if n > 0
+            }
+        found = self.fields.get(value, {})
+        assert isinstance(found, dict), f"{value} is a tuple"
+        return found
+
+    def pin(self, value: Value, site: str, reason: Reason, axes: Iterable[int] | None = None) -> None:
+        """Keep all channels of these axes of a value (default: of all its axes)."""
+        fields = self.of(value)
+        for axis in fields if axes is None else axes:
+            if axis in fields:
+                self.table.pin(fields[axis], site, reason.name)
+
+    def unify(self, operands: list[tuple[Fields, Shape]], rank: int, site: str) -> Fields:
+        """Tie operands that broadcast against each other, right-aligned; returns the fields of the result.
+
+        An axis of size 1 broadcasts and ties nothing.  Where some operand has the axis without channels, the
+        channels of the others stay.  Where an operand does not differ along an outer axis with channels (a norm
+        scale shared by all heads), the tie holds only where the outer channel is kept (theory: Lemma C3).
+        """
+        aligned = [({a + rank - len(s): _lift(f, rank) for a, f in fs.items()}, (1,) * (rank - len(s)) + s)
+                   for fs, s in operands]
+        chosen: Fields = {}
+        for axis in range(rank):
+            extent = max(s[axis] for _, s in aligned)
+            wide = [f for f, s in aligned if s[axis] == extent]
+            holders = [f[axis] for f in wide if axis in f]
+            if not holders:
+                continue
+            if len(holders) < len(wide):
+                for labels in holders:
+                    self.table.pin(labels, site, Reason.UNTRACKED_AXIS.name)
+                continue
+            chosen[axis] = max(holders, key=Tensor.numel)
+        for axis, carrier in list(chosen.items()):
+            for f, s in aligned:
+                if axis in f and s[axis] == carrier.shape[axis] and f[axis] is not carrier:
+                    chosen[axis] = self._join(chosen[axis], f[axis], axis, chosen)
+        return chosen
+
+    def _join(self, carrier: Tensor, other: Tensor, axis: int, fields: Fields) -> Tensor:
+        """Tie two label tensors of one axis; the result is the one that differs along more outer axes."""
+        spread = [d for d in range(carrier.dim()) if carrier.shape[d] != other.shape[d]]
+        guards = [fields[d] for d in spread if d != axis and d in fields]
+        if not guards or any(other.shape[d] > 1 for d in spread):
+            self.table.tie(carrier, other)
+            return carrier if guards or carrier.numel() <= other.numel() else other
+        self.table.imply(carrier, other)
+        self.table.imply(other, carrier, guards)
+        return carrier
+
+    def settle(self, fields: Fields, site: str) -> None:
+        """Record the block rule of every axis whose labels differ along another axis."""
+        for axis, labels in fields.items():
+            outer = [d for d in range(labels.dim()) if d != axis and labels.shape[d] > 1]
+            if not outer:
+                continue
+            guards = [fields[d] for d in outer if d in fields]
+            joint = list(torch.broadcast_shapes(*(g.shape for g in guards), _without(labels.shape, axis)))
+            wide = labels.expand([labels.shape[axis] if d == axis else joint[d] for d in range(labels.dim())])
+            rows = wide.movedim(axis, -1).reshape(-1, labels.shape[axis])
+            self.table.block(rows, [g.expand(joint).reshape(-1) for g in guards], site)
+
+    def declare(self, slot: str, fields: Fields) -> None:
+        """Labels of a tensor attribute that may not exist yet (a bias that folding may create)."""
+        self.slots[slot] = fields
+
+    def require(self, node: fx.Node, labels: Tensor) -> None:
+        """These labels must be kept if the node is executed at all (it selects one position)."""
+        self.required.setdefault(node, []).append(labels)
+
+    def refuse(self, node: fx.Node, reason: Reason, detail: str = "") -> None:
+        self.refusals.append(Refusal(node.name, reason, detail))
+
+
+@dataclass
+class FactTable:
+    """Fields, constancy, liveness and the kept set of a program, filled by the analyses in this order."""
+
+    program: Program
+    labeller: Labeller
+    classes: Classes
+    constants: dict[Value, Constancy | tuple[Constancy, ...]] = field(default_factory=dict)
+    live: dict[Value, Live] = field(default_factory=dict)
+    kept: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
+    carriers: dict[Value, int] = field(default_factory=dict)
+    cache: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    # ------------------------------------------------------------------ facts of one value
+    def fields(self, value: Value) -> Fields:
+        return self.labeller.of(value)
+
+    def constancy(self, value: Value) -> Constancy:
+        """What is known of the value's channels; a parameter is known altogether."""
+        if isinstance(value, Param):
+            return Constancy.known(value.tensor.detach())
+        found = self.constants.get(value)
+        return found if isinstance(found, Constancy) else Constancy.top(len(self.program.shape(value)))
+
+    def liveness(self, value: Value) -> Tensor:
+        """Live channels of a tensor value, bool layout."""
+        found = self.live.get(value)
+        if isinstance(found, Tensor):
+            return found
+        return torch.zeros((1,) * len(self.program.shape(value)), dtype=torch.bool)
+
+    def layout(self, value: Value) -> Shape:
+        """Sizes of the value's layout tensors: full on axes along which some field differs, else 1."""
+        return layout_of(self.fields(value), len(self.program.shape(value)))
+
+    # ------------------------------------------------------------------ the kept set
+    def is_kept(self, labels: Tensor) -> Tensor:
+        """Whether each label is kept in the current solution, shape of ``labels``."""
+        return self.kept[self.classes.representative[labels]]
+
+    def kept_channels(self, value: Value) -> Tensor:
+        """Elements of the value's layout that exist in the result (bool)."""
+        kept = torch.ones((1,) * len(self.program.shape(value)), dtype=torch.bool)
+        for labels in self.fields(value).values():
+            kept = kept & self.is_kept(labels)
+        return kept
+
+    def index(self, fields: Fields, axis: int) -> Tensor:
+        """Kept positions along an axis: [k], or per row of the outer axes (a layout tensor) where rows differ."""
+        kept = self.is_kept(fields[axis])
+        if kept.numel() == kept.shape[axis]:
+            return kept.flatten().nonzero().flatten()
+        count = int(kept.sum(axis).max())
+        return torch.sort(~kept, dim=axis, stable=True).indices.narrow(axis, 0, count)
+
+    def count(self, fields: Fields, axis: int) -> int:
+        """How many channels stay along an axis."""
+        return int(self.is_kept(fields[axis]).sum(axis).max())
+
+    def changed(self, fields: Fields, axis: int, extent: int) -> bool:
+        """Whether the axis loses channels."""
+        return axis in fields and self.count(fields, axis) != extent
+
+    def steps(self, fields: Fields, shape: Shape) -> list[tuple[int, Tensor]]:
+        """(axis, index) selections that compact a tensor laid out like ``fields``; inner ragged axes come first."""
+        found = [(a, self.index(fields, a)) for a in sorted(fields) if self.changed(fields, a, shape[a])]
+        return sorted(found, key=lambda step: step[1].dim() == 1)
+
+    def compact(self, tensor: Tensor, fields: Fields, shape: Shape) -> Tensor:
+        """A layout tensor of a value with the removed channels cut out."""
+        for axis, index in self.steps(fields, shape):
+            if tensor.shape[axis] > 1 or shape[axis] == 1:
+                tensor = take(tensor, axis, index)
+        return tensor
+
+    def refuse(self, node: fx.Node, reason: Reason, detail: str = "") -> None:
+        refusal = Refusal(node.name, reason, detail)
+        if refusal not in self.refusals:
+            self.refusals.append(refusal)
+
+
+def layout_of(fields: Fields, rank: int) -> Shape:
+    """Joint shape of all label tensors of a value."""
+    return tuple(torch.broadcast_shapes((1,) * rank, *(f.shape for f in fields.values())))
+
+
+def collapse(mask: Tensor, shape: Shape) -> Tensor:
+    """OR a bool tensor down to a layout: leading axes and axes of size 1 there are reduced."""
+    while mask.dim() > len(shape):
+        mask = mask.any(0)
+    for axis, extent in enumerate(shape):
+        if extent == 1 and mask.shape[axis] > 1:
+            mask = mask.any(axis, keepdim=True)
+    return mask
+
+
+def _along(axis: int, rank: int) -> list[int]:
+    return [-1 if a == axis else 1 for a in range(rank)]
+
+
+def _lift(t: Tensor, rank: int) -> Tensor:
+    return t.view((1,) * (rank - t.dim()) + tuple(t.shape))
+
+
+def _without(shape: Iterable[int], axis: int) -> Shape:
+    return tuple(1 if a == axis else s for a, s in enumerate(shape))

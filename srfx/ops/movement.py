@@ -1,0 +1,437 @@
+"""Movement: views, permutations, slices and copies; elements move, none is computed (theory: Lemmas M1, M2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields, Permute, Regroup, Step, Take, pull_back, walk
+from srfx.ops.facts import Demand, FactTable, Labeller, Live
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+from srfx.ops.sizes import index_instead, is_range, positions, resized, set_argument
+
+aten = torch.ops.aten
+
+
+class Movement(OpRule):
+    """y[p] = x[s(p)] for a fixed map s of positions, given as steps."""
+
+    def steps(self, call: Call) -> list[Step]:
+        """The map from the operand to the result."""
+        raise NotImplementedError
+
+    def fill(self, call: Call) -> float:
+        """Value of positions that are new."""
+        return 0.0
+
+    def source(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None, f"{call.where}: no tensor operand"
+        return value
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        fields = labels.of(self.source(call))
+        for step in self.steps(call):
+            fields, required = step.carry(fields, labels.table, call.node.name)
+            for channel in required:
+                labels.require(call.node, channel)
+        return fields
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        before, steps = facts.constancy(self.source(call)), self.steps(call)
+        return Constancy(walk(steps, before.varies, False), walk(steps, before.value, self.fill(call)))
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        source = self.source(call)
+        return {source: pull_back(self.steps(call), live, facts.layout(source))}
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return [self.source(call)]
+
+
+@op_rule(
+    nn.Identity, "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda",
+    torch.clone, torch.detach, "requires_grad_", "alias", aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.detach.default, aten.detach_.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other,
+    aten._to_copy.default, aten.type_as.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
+    aten.positive.default, torch.positive, aten.view_as_real_copy.default, torch.Tensor.contiguous,
+)  # fmt: skip
+class Copy(Movement):
+    """y = x in another place, layout or dtype."""
+
+    def steps(self, call: Call) -> list[Step]:
+        return []
+
+
+def _axis(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+class Reshaping(Movement):
+    """Row-major regrouping of the axes; the result's hint gives the new sizes."""
+
+    def steps(self, call: Call) -> list[Step]:
+        return [Regroup(call.shape(self.source(call)), call.out_shape)]
+
+
+@op_rule(nn.Flatten, torch.flatten, "flatten", aten.flatten.using_ints, torch.ravel, "ravel", torch.squeeze, "squeeze",
+         aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, torch.unsqueeze, "unsqueeze", aten.unsqueeze.default)  # fmt: skip
+class Flatten(Reshaping):
+    """flatten, squeeze, unsqueeze: no sizes in the arguments."""
+
+
+@op_rule("view", "reshape", "view_as", "reshape_as", torch.reshape, aten.view.default, aten.reshape.default,
+         aten._unsafe_view.default, aten.view_copy.default, aten.view_as.default, aten.reshape_as.default)  # fmt: skip
+class View(Reshaping):
+    """view, reshape: sizes of changed axes are rewritten."""
+
+    signature = ("input", "*size")
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if isinstance(call.get("size"), fx.Node) or call.value("other") is not None:
+            return []  # view_as: the shape comes from another tensor, which loses the same channels or none
+        name = "size" if "size" in call.bound else "shape"
+        return resized(call, facts, name, facts.fields(call.node), call.out_shape)
+
+
+@op_rule(nn.Unflatten, torch.unflatten, "unflatten", aten.unflatten.int)
+class Unflatten(Reshaping):
+    """unflatten: the new sizes begin at ``dim``."""
+
+    signature = ("input", "dim", "sizes")
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        rank = len(call.shape(self.source(call)))
+        name = "unflattened_size" if call.module is not None else "sizes"
+        return resized(call, facts, name, facts.fields(call.node), call.out_shape, _axis(call.get("dim"), rank))
+
+
+@op_rule("expand", torch.broadcast_to, "broadcast_to", aten.expand.default, "expand_as", aten.expand_as.default)
+class Expand(Movement):
+    """Repeat axes of size 1; leading axes may be new."""
+
+    signature = ("input", "*size")
+
+    def steps(self, call: Call) -> list[Step]:
+        before, after = call.shape(self.source(call)), call.out_shape
+        lifted = (1,) * (len(after) - len(before)) + before
+        return [Regroup(before, lifted)] if lifted != before else []
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        fields, shape = super().label(call, labels), call.out_shape
+        for axis in [a for a, f in fields.items() if f.shape[a] != shape[a]]:
+            labels.require(call.node, fields.pop(axis))  # one channel repeated: not a channel axis any more
+        return fields
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return call.values()
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if isinstance(call.get("size"), fx.Node) or "size" not in call.bound:
+            return []
+        return resized(call, facts, "size", facts.fields(call.node), call.out_shape)
+
+
+@op_rule("permute", torch.permute, aten.permute.default, aten.permute_copy.default)
+class PermuteAxes(Movement):
+    """permute."""
+
+    signature = ("input", "*dims")
+
+    def steps(self, call: Call) -> list[Step]:
+        rank = len(call.out_shape)
+        return [Permute(tuple(_axis(d, rank) for d in call.get("dims")))]
+
+
+@op_rule("transpose", torch.transpose, aten.transpose.int, torch.swapaxes, "swapaxes", torch.swapdims, "swapdims")
+class Transpose(Movement):
+    """transpose of two axes."""
+
+    signature = ("input", "dim0", "dim1")
+
+    def steps(self, call: Call) -> list[Step]:
+        order = list(range(len(call.out_shape)))
+        a, b = (_axis(call.get(n, call.get(o)), len(order)) for n, o in (("dim0", "axis0"), ("dim1", "axis1")))
+        order[a], order[b] = order[b], order[a]
+        return [Permute(tuple(order))]
+
+
+@op_rule("t", torch.t, aten.t.default, "adjoint", aten.numpy_T.default, aten.mT.default, torch.adjoint)
+class MatrixTranspose(Movement):
+    """Transpose of the last two axes (of a vector: itself)."""
+
+    def steps(self, call: Call) -> list[Step]:
+        order = list(range(len(call.out_shape)))
+        return [Permute((*order[:-2], *reversed(order[-2:])))]
+
+
+@op_rule(torch.movedim, "movedim", torch.moveaxis, "moveaxis", aten.movedim.int, aten.movedim.intlist)
+class MoveDim(Movement):
+    """movedim."""
+
+    signature = ("input", "source", "destination")
+
+    def steps(self, call: Call) -> list[Step]:
+        rank = len(call.out_shape)
+        source, target = call.get("source"), call.get("destination")
+        source = [source] if isinstance(source, int) else list(source)
+        target = [target] if isinstance(target, int) else list(target)
+        order: list[int | None] = [None] * rank
+        for s, t in zip(source, target, strict=True):
+            order[_axis(t, rank)] = _axis(s, rank)
+        rest = (a for a in range(rank) if a not in order)
+        return [Permute(tuple(next(rest) if o is None else o for o in order))]
+
+
+# ------------------------------------------------------------------------------------------ along one axis
+class AlongAxis(Movement):
+    """The result takes positions ``source`` of one axis, known when the graph is read."""
+
+    def selection(self, call: Call) -> Take:
+        raise NotImplementedError
+
+    def steps(self, call: Call) -> list[Step]:
+        return [self.selection(call)]
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        step, fields = self.selection(call), facts.fields(self.source(call))
+        if not facts.changed(fields, step.axis, step.extent):
+            return []
+        taken = facts.is_kept(facts.fields(call.node)[step.axis])
+        index = positions(facts, fields, step.axis, step.source, taken)
+        return self.rewrite(call, step.axis, index)
+
+    def rewrite(self, call: Call, axis: int, index: Tensor) -> Iterable[GraphEdit]:
+        return [index_instead(call, call["input"], axis, index)]
+
+
+@op_rule(torch.index_select, "index_select", aten.index_select.default)
+class IndexSelect(AlongAxis):
+    """index_select with a constant index; a computed index keeps every channel of the axis."""
+
+    signature = ("input", "dim", "index")
+
+    def index(self, call: Call) -> Tensor | None:
+        value = call.value("index")
+        tensor = getattr(value, "tensor", None)
+        return tensor if isinstance(tensor, Tensor) else None
+
+    def selection(self, call: Call) -> Take:
+        shape = call.shape(self.source(call))
+        axis, index = _axis(call.get("dim"), len(shape)), self.index(call)
+        assert index is not None
+        index = index.cpu().flatten().long()
+        return Take(axis, torch.where(index < 0, index + shape[axis], index), shape[axis])
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        index = call.value("index")
+        if index is not None:
+            labels.pin(index, call.node.name, Reason.DATA_DEPENDENT)
+        if self.index(call) is not None:
+            return super().label(call, labels)
+        source = self.source(call)
+        axis = _axis(call.get("dim"), len(call.out_shape))
+        labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
+        fields = {a: f for a, f in labels.of(source).items() if a != axis}
+        for f in fields.values():
+            _flatten_ties(f, axis, labels)
+        return {a: f.narrow(axis, 0, 1) for a, f in fields.items()}
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        if self.index(call) is not None:
+            return super().forward(call, facts)
+        axis = _axis(call.get("dim"), len(call.out_shape))
+        return facts.constancy(self.source(call)).settle(set(range(len(call.out_shape))) - {axis})
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if self.index(call) is not None:
+            return super().backward(call, live, facts)
+        assert isinstance(live, Tensor)
+        return {self.source(call): live}
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return call.values()
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return super().compact(call, facts) if self.index(call) is not None else []
+
+
+def _flatten_ties(labels: Tensor, axis: int, labeller: Labeller) -> None:
+    if labels.shape[axis] > 1:
+        labeller.table.tie(labels, labels.narrow(axis, 0, 1))
+
+
+@op_rule(torch.flip, "flip", aten.flip.default, torch.fliplr, torch.flipud)
+class Flip(Movement):
+    """flip; an axis that loses channels is flipped all the same, the kept ones in reverse order."""
+
+    signature = ("input", "*dims")
+
+    def steps(self, call: Call) -> list[Step]:
+        shape = call.out_shape
+        dims = {torch.fliplr: (1,), torch.flipud: (0,)}.get(call.node.target) or call.get("dims")  # type: ignore[call-overload]
+        dims = [dims] if isinstance(dims, int) else dims
+        return [Take(a, torch.arange(shape[a]).flip(0), shape[a]) for a in (_axis(d, len(shape)) for d in dims)]
+
+
+@op_rule(torch.roll, "roll", aten.roll.default)
+class Roll(AlongAxis):
+    """roll along axes; a rolled channel axis that loses channels becomes an index_select."""
+
+    signature = ("input", "shifts", "dims")
+
+    def steps(self, call: Call) -> list[Step]:
+        shape, shifts, dims = call.out_shape, call.get("shifts"), call.get("dims")
+        if dims is None or dims == [] or dims == ():
+            flat = (torch.Size(shape).numel(),)
+            return [Regroup(shape, flat), Take(0, torch.arange(flat[0]).roll(shifts), flat[0]), Regroup(flat, shape)]
+        shifts = [shifts] if isinstance(shifts, int) else shifts
+        dims = [dims] if isinstance(dims, int) else dims
+        axes = [_axis(d, len(shape)) for d in dims]
+        return [Take(a, torch.arange(shape[a]).roll(s), shape[a]) for a, s in zip(axes, shifts, strict=True)]
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        steps = self.steps(call)
+        takes = [s for s in steps if isinstance(s, Take)]
+        tracked = [s.axis for s in takes if s.axis in labels.of(self.source(call))]
+        if len(steps) > len(takes) or (tracked and len(takes) > 1):  # several axes at once: no single index_select
+            labels.pin(self.source(call), call.node.name, Reason.CHANNEL_MIXING)
+        return super().label(call, labels)
+
+    def selection(self, call: Call) -> Take:
+        step = self.steps(call)[0]
+        assert isinstance(step, Take)
+        return step
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return super().compact(call, facts) if len(self.steps(call)) == 1 else []
+
+
+@op_rule(torch.narrow, "narrow", aten.narrow.default, (aten.slice.Tensor, "input dim start end step"),
+         (aten.slice_copy.Tensor, "input dim start end step"))  # fmt: skip
+class Narrow(AlongAxis):
+    """A slice of one axis."""
+
+    signature = ("input", "dim", "start", "length")
+
+    def dynamic(self, call: Call, labels: Labeller) -> bool:
+        return any(labels.is_dynamic(call.bound.get(n)) for n in ("start", "end", "length"))
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        if self.dynamic(call, labels):  # a cut known only at run time leaves every position in place
+            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [self.selection(call).axis])
+        return super().label(call, labels)
+
+    def selection(self, call: Call) -> Take:
+        shape = call.shape(self.source(call))
+        axis = _axis(call.get("dim", 0), len(shape))
+        start, extent = call.get("start"), shape[axis]
+        if "length" in call.bound:
+            start = _axis(start, extent)
+            return Take(axis, torch.arange(start, start + call.get("length")), extent)
+        found = range(extent)[slice(start, call.get("end"), call.get("step"))]
+        return Take(axis, torch.tensor(list(found), dtype=torch.long), extent)
+
+    def rewrite(self, call: Call, axis: int, index: Tensor) -> Iterable[GraphEdit]:
+        if not is_range(index):
+            return super().rewrite(call, axis, index)
+        start = int(index[0]) if index.numel() else 0
+        if "length" in call.bound:
+            return [set_argument(call, "start", start), set_argument(call, "length", index.numel())]
+        edits: list[GraphEdit] = [set_argument(call, "start", start), set_argument(call, "end", start + index.numel())]
+        return edits + ([set_argument(call, "step", 1)] if call.get("step", 1) != 1 else [])
+
+
+@op_rule(torch.select, "select", aten.select.int)
+class Select(AlongAxis):
+    """One position of an axis; the axis goes, and with it the position must stay if the result is computed."""
+
+    signature = ("input", "dim", "index")
+
+    def steps(self, call: Call) -> list[Step]:
+        take = self.selection(call)
+        shape = list(call.shape(self.source(call)))
+        shape[take.axis] = 1
+        return [take, Regroup(tuple(shape), call.out_shape)]
+
+    def selection(self, call: Call) -> Take:
+        shape = call.shape(self.source(call))
+        axis = _axis(call.get("dim"), len(shape))
+        return Take(axis, torch.tensor([_axis(call.get("index"), shape[axis])]), shape[axis])
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        take = self.selection(call)
+        if labels.is_dynamic(call.bound.get("index")):
+            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [take.axis])
+        fields = dict(labels.of(self.source(call)))
+        position = fields.pop(take.axis, None)
+        if position is not None:
+            labels.require(call.node, position.index_select(take.axis, take.source).reshape(-1))
+        for step in self.steps(call):
+            fields, _ = step.carry(fields, labels.table, call.node.name)
+        return fields
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        take, fields = self.selection(call), facts.fields(self.source(call))
+        if not facts.changed(fields, take.axis, take.extent):
+            return []
+        kept = facts.is_kept(fields[take.axis])
+        assert bool(kept.index_select(take.axis, take.source).any()), f"{call.where}: selects a removed channel"
+        index = positions(facts, fields, take.axis, take.source, kept.index_select(take.axis, take.source))
+        return [set_argument(call, "index", int(index[0]))]
+
+
+@op_rule("repeat", aten.repeat.default, torch.tile, "tile")
+class Repeat(Movement):
+    """Tile axes: the channels of a tiled axis appear several times."""
+
+    signature = ("input", "*repeats")
+
+    def steps(self, call: Call) -> list[Step]:
+        before, after = call.shape(self.source(call)), call.out_shape
+        lifted = (1,) * (len(after) - len(before)) + before
+        steps: list[Step] = [Regroup(before, lifted)] if lifted != before else []
+        return steps + [
+            Take(a, torch.arange(n) % m, m) for a, (n, m) in enumerate(zip(after, lifted, strict=True)) if n != m
+        ]
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        fields = super().label(call, labels)
+        for axis in [a for a, f in fields.items() if f.shape[a] != call.out_shape[a] or _is_single(f, a)]:
+            labels.require(call.node, fields.pop(axis).reshape(-1)[:1])
+        return fields
+
+
+def _is_single(labels: Tensor, axis: int) -> bool:
+    return labels.shape[axis] > 1 and bool((labels == labels.narrow(axis, 0, 1)).all())
+
+
+@op_rule(torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int)
+class RepeatInterleave(AlongAxis):
+    """Every position several times in a row, a fixed number of times."""
+
+    signature = ("input", "repeats", "dim")
+
+    def selection(self, call: Call) -> Take:
+        shape = call.shape(self.source(call))
+        axis = _axis(call.get("dim"), len(shape))
+        return Take(axis, torch.arange(shape[axis]).repeat_interleave(call.get("repeats")), shape[axis])
+
+    def rewrite(self, call: Call, axis: int, index: Tensor) -> Iterable[GraphEdit]:
+        return []  # each kept position is still repeated as often
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """The constant tensor behind a parameter value."""
+    tensor = getattr(value, "tensor", None)
+    return tensor if isinstance(tensor, Tensor) else None

@@ -1,0 +1,96 @@
+"""The base class of op rules: an op's whole knowledge, each method with a safe default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live
+
+
+class Effect(Enum):
+    """What executing the op does besides computing its result."""
+
+    PURE = "nothing"
+    RANDOM = "draws random numbers"
+    IMPURE = "may do anything"
+
+
+class OpRule:
+    """How one op moves labels, constants and liveness, what it absorbs, and how a call of it is rewritten.
+
+    The defaults are those of an op nobody knows: its operands keep every channel, its result varies.  Methods read
+    only; the edits they return are carried out by a pass.
+    """
+
+    effect = Effect.PURE
+    signature: tuple[str, ...] = ("input",)
+    barrier: Reason = Reason.UNKNOWN_OP
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        """Channel axes of the result; ties between operands are recorded in ``labels``."""
+        for value in call.values():
+            found = labels.fields.get(value)
+            for fields in found if isinstance(found, tuple) else (labels.of(value),):
+                for axis in fields:
+                    labels.table.pin(fields[axis], call.node.name, self.barrier.name)
+        output = call.output
+        return tuple({} for _ in output) if isinstance(output, (tuple, list)) else {}
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        """Which channels of the result are constant, from those of the operands."""
+        output = call.output
+        if isinstance(output, (tuple, list)):
+            return tuple(Constancy.top(o.dim() if isinstance(o, Tensor) else 0) for o in output)
+        return Constancy.top(output.dim() if isinstance(output, Tensor) else 0)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        """Which channels of the operands have to exist for the live channels of the result."""
+        demand: Demand = {}
+        for value in call.values():
+            found = facts.labeller.fields.get(value)
+            if isinstance(found, tuple):
+                assert not isinstance(value, torch.Tensor)
+                for i, hint in enumerate(facts.program.hints[value]):  # type: ignore[index]
+                    if isinstance(hint, Tensor):
+                        demand[value, i] = everything(hint.dim())  # type: ignore[index]
+            else:
+                demand[value] = everything(len(call.shape(value)))
+        return demand
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        """Operands that the rewritten call still takes; the others need not be computed."""
+        return call.values()
+
+    def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """New parameter values, at the original sizes, after which nothing that is not live is read."""
+        return ()
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """New sizes in the call's arguments, once its operands and parameters have lost their channels."""
+        return ()
+
+
+class Unknown(OpRule):
+    """An op without a rule: a barrier, taken to have effects, named in the report."""
+
+    effect = Effect.IMPURE
+
+
+def everything(rank: int) -> Tensor:
+    """The layout tensor that marks every channel."""
+    return torch.ones((1,) * rank, dtype=torch.bool)
+
+
+def nothing(rank: int) -> Tensor:
+    """The layout tensor that marks no channel."""
+    return torch.zeros((1,) * rank, dtype=torch.bool)

@@ -1,0 +1,257 @@
+"""Ops that act on the spatial positions of each channel alone: pooling, interpolation, instance norm, batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit, SetArgument
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+
+aten = torch.ops.aten
+
+
+class PerChannel(OpRule):
+    """y[.., c, :] = f(x[.., c, :]); spatial axes must carry no channels.
+
+    ``n_spatial`` trailing axes are mixed; 0 reads it from the operand (all axes from 2 on).
+    """
+
+    signature = ("input",)
+    n_spatial = 0
+
+    def source(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        source = self.source(call)
+        rank = len(call.shape(source))
+        first = rank - self.n_spatial if self.n_spatial else 2
+        spatial = [a for a in labels.of(source) if a >= first]
+        labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, spatial)
+        fields = {a: f for a, f in labels.of(source).items() if a < first}
+        for a, f in fields.items():
+            for d in range(first, rank):
+                if f.shape[d] > 1:
+                    labels.table.tie(f, f.narrow(d, 0, 1))
+                    f = fields[a] = f.narrow(d, 0, 1)
+        return tuple(fields for _ in call.output) if isinstance(call.output, (tuple, list)) else fields
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        source = self.source(call)
+        rank = len(call.shape(source))
+        first = rank - self.n_spatial if self.n_spatial else 2
+        c = facts.constancy(source).settle(range(first))
+        kept = c if self.keeps(call) else Constancy(c.varies | (c.value != 0), torch.zeros_like(c.value))
+        if isinstance(call.output, (tuple, list)):
+            return (kept, *(Constancy.top(o.dim()) for o in call.output[1:]))
+        return kept
+
+    def keeps(self, call: Call) -> bool:
+        """Whether a constant k other than 0 comes out as k at every position."""
+        return True
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if isinstance(live, tuple):
+            found = [part for part in live if part is not None]
+            live = torch.stack(torch.broadcast_tensors(*found)).any(0)
+        return {self.source(call): live}
+
+
+def _zero(value: Any) -> bool:
+    return all(v == 0 for v in value) if isinstance(value, (tuple, list)) else not value
+
+
+class AveragePool(PerChannel):
+    """Average pooling: padding that is counted disturbs a constant at the border."""
+
+    signature = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+    def keeps(self, call: Call) -> bool:
+        if call.get("divisor_override") is not None:
+            return False
+        # in ceil mode a window hangs over the end: only the part inside the padded picture counts
+        return _zero(call.get("padding", 0)) or not call.get("count_include_pad", True)
+
+
+class PowerPool(PerChannel):
+    """lp_pool: the sum over a window, so only 0 keeps its value."""
+
+    signature = ("input", "norm_type", "kernel_size", "stride", "ceil_mode")
+
+    def keeps(self, call: Call) -> bool:
+        return False
+
+
+class Interpolate(PerChannel):
+    """interpolate: weights sum to one for every mode."""
+
+    signature = ("input", "size", "scale_factor", "mode")
+
+
+class InstanceNorm(PerChannel):
+    """Instance norm on its own statistics: a constant channel comes out as its bias."""
+
+    signature = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    vectors = ("weight", "bias", "running_mean", "running_var")
+    width_name = "num_features"
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        fields = super().label(call, labels)
+        assert isinstance(fields, dict)
+        operands = [(fields, self._lead(call))]
+        for name in self.vectors:
+            value = call.value(name)
+            if value is not None:
+                axis = self.channel_axis(call)
+                found = {axis: f.view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
+                         for f in labels.of(value).values()}
+                operands.append((found, tuple(n if a == axis else 1 for a, n in enumerate(self._lead(call)))))
+        return labels.unify(operands, len(self._lead(call)), call.node.name)
+
+    def _lead(self, call: Call) -> tuple[int, ...]:
+        return call.shape(self.source(call))
+
+    def channel_axis(self, call: Call) -> int:
+        return 1
+
+    def uses_batch(self, call: Call) -> bool:
+        """Whether the statistics come from the input."""
+        if call.module is not None:
+            return call.module.training or call.module.running_mean is None
+        return bool(call.get("use_input_stats", True))
+
+    def vector(self, call: Call, facts: FactTable, name: str) -> Tensor | None:
+        """A per-channel tensor as a float64 layout tensor of the operand."""
+        value = call.value(name)
+        if value is None:
+            return None
+        axis, rank = self.channel_axis(call), len(self._lead(call))
+        return facts.constancy(value).value.double().cpu().view([-1 if a == axis else 1 for a in range(rank)])
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        c = facts.constancy(self.source(call))
+        gamma, beta = self.vector(call, facts, "weight"), self.vector(call, facts, "bias")
+        if not self.uses_batch(call):
+            return self._affine(call, c, facts)
+        shift = beta if beta is not None else torch.zeros_like(c.value)
+        still = ~c.varies if gamma is None else ~c.varies | (gamma == 0)
+        return Constancy(~still, shift.expand(torch.broadcast_shapes(shift.shape, still.shape)))
+
+    def _affine(self, call: Call, c: Constancy, facts: FactTable) -> Constancy:
+        gamma, beta = self.vector(call, facts, "weight"), self.vector(call, facts, "bias")
+        mean, var = self.vector(call, facts, "running_mean"), self.vector(call, facts, "running_var")
+        assert mean is not None and var is not None
+        scale = torch.rsqrt(var + call.get("eps", 1e-5))
+        scale = scale if gamma is None else scale * gamma
+        value = (c.value - mean) * scale + (beta if beta is not None else 0.0)
+        return Constancy(c.varies & (scale != 0), value)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        gamma = self.vector(call, facts, "weight")
+        return {self.source(call): live if gamma is None else live & (gamma != 0)}
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        axis, source = self.channel_axis(call), self.source(call)
+        if call.module is None or not facts.changed(facts.fields(source), axis, call.shape(source)[axis]):
+            return []
+        return [SetArgument(call.node.name, self.width_name, facts.count(facts.fields(source), axis))]
+
+
+op_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm, aten.instance_norm.default)(InstanceNorm)
+
+
+@op_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm,
+         (aten.batch_norm.default, "input weight bias running_mean running_var training momentum eps"),
+         (aten._native_batch_norm_legit_no_training.default, "input weight bias running_mean running_var momentum eps"),
+         (aten._native_batch_norm_legit.default, "input weight bias running_mean running_var training momentum eps"),
+         (aten._native_batch_norm_legit.no_stats, "input weight bias training momentum eps"),
+         (aten.native_batch_norm.default, "input weight bias running_mean running_var training momentum eps"),
+         (torch.batch_norm, "input weight bias running_mean running_var training momentum eps"))  # fmt: skip
+class BatchNorm(InstanceNorm):
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta with stored statistics.
+
+    With batch statistics (training mode) nothing is constant and every channel stays: the statistics of one batch
+    are no property of the network.  Source: Lemma B1.
+    """
+
+    signature = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+    def uses_batch(self, call: Call) -> bool:
+        if call.module is not None:
+            return call.module.training or call.module.running_mean is None
+        legit = call.node.target is aten._native_batch_norm_legit_no_training.default
+        return not legit and bool(call.get("training", False) or call.value("running_mean") is None)
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:  # type: ignore[override]
+        if self.uses_batch(call):
+            labels.refuse(call.node, Reason.TRAINING_MODE)
+            for value in call.values():
+                labels.pin(value, call.node.name, Reason.TRAINING_MODE)
+        if not isinstance(call.output, (tuple, list)):
+            return super().label(call, labels)
+        fields = labels.of(self.source(call))
+        return (self._tuple_label(call, labels), *({} for _ in call.output[1:])) if fields is not None else ()
+
+    def _tuple_label(self, call: Call, labels: Labeller) -> Fields:
+        operands = [(labels.of(self.source(call)), self._lead(call))]
+        shape = tuple(n if a == 1 else 1 for a, n in enumerate(self._lead(call)))
+        for name in self.vectors:
+            value = call.value(name)
+            if value is not None:
+                found = {1: f.view([-1 if a == 1 else 1 for a in range(len(shape))]) for f in labels.of(value).values()}
+                operands.append((found, shape))
+        return labels.unify(operands, len(shape), call.node.name)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        c = facts.constancy(self.source(call))
+        result = Constancy.top(c.value.dim()) if self.uses_batch(call) else self._affine(call, c, facts)
+        if isinstance(call.output, (tuple, list)):
+            return (result, *(Constancy.top(o.dim()) for o in call.output[1:]))
+        return result
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        first = live[0] if isinstance(live, tuple) else live
+        if self.uses_batch(call) or first is None:
+            return OpRule.backward(self, call, live, facts)
+        return super().backward(call, first, facts)
+
+
+_pools = [getattr(nn, f"{kind}Pool{d}d") for kind in ("Max", "AdaptiveAvg", "AdaptiveMax") for d in (1, 2, 3)]
+_pools += [getattr(F, f"{kind}_pool{d}d") for kind in ("max", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)]
+_pools += [getattr(torch, f"{kind}_pool{d}d") for kind, d in (("max", 1), ("max", 2), ("max", 3), ("adaptive_avg", 1))]
+_pools += [getattr(aten, n).default for n in (
+    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices")]  # fmt: skip
+
+
+def _register() -> None:
+    op_rule(*dict.fromkeys(_pools))(PerChannel)
+    averages = [getattr(nn, f"AvgPool{d}d") for d in (1, 2, 3)] + [getattr(F, f"avg_pool{d}d") for d in (1, 2, 3)]
+    averages += [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default]
+    op_rule(*dict.fromkeys(averages))(AveragePool)
+    op_rule(nn.LPPool1d, nn.LPPool2d, F.lp_pool1d, F.lp_pool2d)(PowerPool)
+    upsamples = [getattr(getattr(aten, f"upsample_{m}"), o) for m in (
+        "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d", "_nearest_exact1d")
+        if hasattr(aten, f"upsample_{m}") for o in ("default", "vec") if hasattr(getattr(aten, f"upsample_{m}"), o)]
+    op_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate, F.upsample, *upsamples)(Interpolate)
+    edges = [getattr(nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication") for d in (1, 2, 3)]
+    op_rule(*edges, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)(PerChannel)
+
+
+_register()
