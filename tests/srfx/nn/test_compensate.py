@@ -149,3 +149,16 @@ def test_equal_constants_need_one_channel_only() -> None:
     found = absorbed_columns(torch.randn(2, 3), constants, weight=weight)
     assert found.r is None
     assert found.mu_r is None
+
+
+def test_kept_outputs_already_carry_the_mean() -> None:
+    """docs/norms.md, lemma 4: (mu - m) r is a fixed combination of the kept outputs."""
+    norm = nn.LayerNorm(6, dtype=torch.float64)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    nn.init.normal_(norm.bias)
+    constants = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    mean = float(constants.mean())
+    small = compensate_layer_norm(norm, [0, 1, 2, 3], constants, emits=("mu_r",), emit_shift=mean)
+    out = small(torch.randn(5, 4, dtype=torch.float64))
+    combination = ((out[:, :4] - small.bias) / small.weight).sum(-1) / small.removed.n_values
+    torch.testing.assert_close(out[:, 4], combination, rtol=1e-12, atol=1e-12)
