@@ -65,16 +65,17 @@ def is_mutating(node: fx.Node) -> bool:
     ``operator.setitem``, ``out=``, ``inplace=True`` (argument of a function or attribute of a module), and batch norms
     that update running statistics.  ``x += 1`` on an int is reported too: nothing here knows types.
     """
+    if updates_statistics(node):
+        return True
     if node.op == "call_module":
-        module = _module_of(node)
-        return bool(getattr(module, "inplace", False)) or _updates_statistics(module)
+        return bool(getattr(_module_of(node), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     target, name = node.target, op_name(node)
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
     if name in _NORMS_WITH_STATE:
-        return _norm_updates(node, name)
+        return False
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     if target in INPLACE_OPERATORS or target is operator.setitem:
@@ -85,6 +86,17 @@ def is_mutating(node: fx.Node) -> bool:
     if position is not None and len(node.args) > position:
         return node.args[position] is True
     return name.endswith("_") and not name.endswith("__")
+
+
+def updates_statistics(node: fx.Node) -> bool:
+    """Whether a node is a batch or instance norm that updates running statistics (its result is fresh)."""
+    if node.op == "call_module":
+        module = _module_of(node)
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            return False
+        return module.training and module.track_running_stats
+    name = op_name(node)
+    return node.op == "call_function" and name in _NORMS_WITH_STATE and _norm_updates(node, name)
 
 
 _INPLACE_METHODS = frozenset(f"__{fn.__name__.strip('_')}__" for fn in INPLACE_OPERATORS)
@@ -107,12 +119,6 @@ def _module_of(node: fx.Node) -> nn.Module | None:
     for name in str(node.target).split("."):
         root = getattr(root, name, None)
     return root if isinstance(root, nn.Module) else None
-
-
-def _updates_statistics(module: nn.Module | None) -> bool:
-    if not isinstance(module, nn.modules.batchnorm._NormBase):
-        return False
-    return module.training and module.track_running_stats
 
 
 def _norm_updates(node: fx.Node, name: str) -> bool:

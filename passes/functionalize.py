@@ -1,0 +1,365 @@
+"""Replace in-place ops by functional ones, and let later readers of the written storage read the new value.
+
+Before: y = x[:, :4]; y.mul_(2); return x + 1
+After:  y = x[:, :4]; y' = y * 2; x' = slice_scatter(x, y', 1, 0, 4); return x' + 1
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from srfx.ir.aliases import AliasClasses, Kind, Link, written_operand
+from srfx.ir.attrs import free_path, get_attr, set_attr
+from srfx.ir.clone import clone_structure
+from srfx.ir.effects import is_mutating, op_name, updates_statistics
+from srfx.ir.plan import Edit, Plan, Reason, Refusal
+from srfx.ir.twins import (
+    aten,
+    can_scatter,
+    fill_like,
+    functional_target,
+    is_metadata_op,
+    may_change_dtype,
+    out_twin_exists,
+    replace_call,
+    scatter_back,
+    split_getitem,
+)
+from srfx.passes.base import Pass, register_pass
+
+
+@dataclass(frozen=True)
+class Functionalize(Edit):
+    """Replace one in-place op by its functional twin.
+
+    Attributes:
+        written: the operand it writes.
+        chain: views from the storage's first node to the written operand, by sure links.
+        stale: older names of the storage that are read later; these reads get the new value.
+        casts: whether the twin's result must be cast back to the written tensor's dtype.
+        own_module: whether the call gets a module of its own (other calls of the module stay in place).
+    """
+
+    written: str = ""
+    chain: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
+    casts: bool = False
+    own_module: bool = False
+
+
+@register_pass("functionalize")
+class FunctionalizePass(Pass):
+    """Make in-place ops functional: ATen ``add_``, methods, ``+=``, ``inplace=True``, ``out=``, ``x[i] = y``, copy_ ...
+
+    A write through a view (slice, select, transpose, view ...) becomes a scatter into its base; other views of the
+    base that are read later are taken anew.  Storage is followed by alias classes, so a later reader under any
+    name gets what the in-place program would give it.  A pass over a graph with several writes to one storage
+    resolves them in program order, over several rounds.
+
+    Refuses: MUTATION when the storage may be a graph input's or a parameter's (the write is observable), when a
+    later reader may or may not share it (reshape, contiguous), when the view has no inverse here (expand, chunk),
+    and when the op has no functional twin (random fills, resize_).
+    """
+
+    def plan(self, gm: fx.GraphModule) -> Plan:
+        """The writes that can be made functional now; see the class."""
+        writers = [n for n in gm.graph.nodes if is_mutating(n) and not updates_statistics(n)]
+        return _Planner(gm, writers).plan() if writers else Plan()
+
+    def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
+        """Make one write functional."""
+        assert isinstance(edit, Functionalize)
+        _apply(gm, edit)
+
+
+class _Refused(Exception):
+    """Why a write stays."""
+
+
+class _Planner:
+    """Decides for every write of one graph."""
+
+    def __init__(self, gm: fx.GraphModule, writers: list[fx.Node]) -> None:
+        self.gm = gm
+        self.writers = writers
+        self.classes = AliasClasses(gm.graph)
+        self.dtypes = _dtypes(gm)
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        waiting: set[fx.Node] = set()  # classes with a redirecting edit: later writes wait for the next round
+        touched: set[fx.Node] = set()
+        closed: dict[fx.Node, str] = {}  # classes with a refused write
+        for node in self.writers:
+            written = written_operand(node)
+            if written is not None and self.classes.kinds[written] is Kind.SCALAR:
+                if node.target in _NUMBER_TWINS:
+                    continue  # += on a size: nothing is written
+            top = self.classes.top(written) if written is not None else node
+            if top in waiting:
+                continue
+            try:
+                if top in closed:
+                    raise _Refused(f"{closed[top]} writes the same storage in place")
+                if written is None:
+                    raise _Refused("it writes several tensors or none")
+                edit = self.edit(node, written)
+            except _Refused as refused:
+                closed.setdefault(top, node.name)
+                plan.refusals.append(Refusal(node.name, Reason.MUTATION, str(refused)))
+                continue
+            if edit.stale:
+                waiting.add(top)
+                if top in touched:
+                    continue
+            touched.add(top)
+            plan.edits.append(edit)
+        _share_modules(self.gm, self.writers, plan)
+        return plan
+
+    def edit(self, node: fx.Node, written: fx.Node) -> Functionalize:
+        self.check_target(node)
+        members = self.classes.members(written)
+        for member in members:
+            if member.op in ("placeholder", "get_attr"):
+                what = "input" if member.op == "placeholder" else "parameter or buffer"
+                raise _Refused(f"it may write {member.target}, a graph {what}")
+        position = self.classes.position
+        now = position[node]
+        stale = [m for m in members if position[m] < now and any(position[u] > now for u in m.users)]
+        is_setitem = _is_setitem(node)
+        chain: list[fx.Node] | None = [written]
+        if stale or is_setitem:
+            if self.classes.kinds[written] is Kind.UNKNOWN:
+                raise _Refused(f"{written.name} may be a number or a tensor")
+            chain = self.sure_chain(written)
+            for member in stale:
+                self.sure_chain(member)
+            if is_metadata_op(node):
+                raise _Refused(f"{op_name(node)} changes the shape under other names of the tensor")
+            for view in chain[1:]:
+                link = self.classes.link[view]
+                if link is not None and link[1] is Link.VIEW and not can_scatter(view):
+                    raise _Refused(f"the view {view.name} ({op_name(view)}) cannot be undone")
+        casts = may_change_dtype(node, self.dtypes, self.classes.kinds)
+        names = tuple(n.name for n in chain)
+        return Functionalize(node.name, written.name, names, tuple(n.name for n in stale), casts)
+
+    def sure_chain(self, node: fx.Node) -> list[fx.Node]:
+        chain = self.classes.chain(node)
+        if chain is None:
+            raise _Refused(f"{node.name} may or may not share storage with {self.classes.top(node).name}")
+        return chain
+
+    def check_target(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            return
+        if _is_setitem(node):
+            self.check_index(node.args[1])
+        elif node.kwargs.get("out") is not None:
+            if not out_twin_exists(node):
+                raise _Refused(f"{node.target} has no form without out=")
+        elif functional_target(node) is None:
+            raise _Refused(f"{op_name(node)} has no functional twin")
+
+    def check_index(self, index: Any) -> None:
+        items = index if isinstance(index, (tuple, list)) else (index,)
+        has_tensor = False
+        for item in items:
+            if isinstance(item, fx.Node):
+                if self.classes.kinds[item] is Kind.UNKNOWN:
+                    raise _Refused(f"the index {item.name} may be a number or a tensor")
+                has_tensor |= self.classes.kinds[item] is Kind.TENSOR
+            elif isinstance(item, bool) or not isinstance(item, (int, slice, type(None), type(Ellipsis))):
+                raise _Refused(f"index {item!r} is not followed")
+        if has_tensor and not all(isinstance(i, fx.Node) or i == slice(None) for i in items):
+            raise _Refused("the index mixes tensors and slices")
+        if has_tensor and any(isinstance(i, fx.Node) and self.classes.kinds[i] is Kind.SCALAR for i in items):
+            raise _Refused("the index mixes tensors and numbers")
+
+
+_NUMBER_TWINS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.ifloordiv, operator.imod, operator.itruediv, operator.ipow}
+)
+
+
+def _is_setitem(node: fx.Node) -> bool:
+    return node.target is operator.setitem or (node.op == "call_method" and node.target == "__setitem__")
+
+
+def _share_modules(gm: fx.GraphModule, writers: list[fx.Node], plan: Plan) -> None:
+    """A module is switched only when all its calls go functional in this round; else each call gets a copy."""
+    planned = {edit.node for edit in plan.edits}
+    partly = {
+        get_attr(gm, str(n.target)) for n in writers if n.op == "call_module" and n.name not in planned
+    }
+    by_name = {n.name: n for n in writers if n.op == "call_module"}
+    for i, edit in enumerate(plan.edits):
+        node = by_name.get(edit.node)
+        if node is not None and get_attr(gm, str(node.target)) in partly:
+            plan.edits[i] = Functionalize(**{**vars(edit), "own_module": True})
+
+
+def _apply(gm: fx.GraphModule, edit: Functionalize) -> None:
+    nodes = {node.name: node for node in gm.graph.nodes}
+    node = nodes[edit.node]
+    # Not edit.written: an earlier edit of this round may have replaced it.  A module may be switched already.
+    written = node.all_input_nodes[0] if node.op == "call_module" else written_operand(node)
+    assert written is not None
+    classes = AliasClasses(gm.graph) if edit.stale else None
+    if node.op == "call_module":
+        new = _functional_module(gm, node, edit.own_module)
+    elif _is_setitem(node):
+        new = _functional_setitem(gm.graph, node)
+    else:
+        new = replace_call(node)
+    if new is not node:
+        new.meta = dict(written.meta) | {k: v for k, v in node.meta.items() if v is not None}
+        if edit.casts:
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_function(aten.type_as.default, (new, written))
+            new.meta = dict(written.meta)
+        node.replace_all_uses_with(new)
+    if classes is not None:
+        chain, stale = [nodes[n] for n in edit.chain], [nodes[n] for n in edit.stale]
+        _redirect(gm.graph, node, new, chain, stale, classes)
+    if new is not node:
+        gm.graph.erase_node(node)
+
+
+def _functional_module(gm: fx.GraphModule, node: fx.Node, needs_own: bool) -> fx.Node:
+    module: Any = get_attr(gm, str(node.target))
+    if needs_own:
+        path = free_path(gm, f"{node.target}_functional")
+        module = clone_structure(module)
+        set_attr(gm, path, module)
+        node.target = path
+    assert isinstance(module, nn.Module)
+    module.inplace = False  # type: ignore[assignment]
+    return node
+
+
+def _functional_setitem(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    target, index, value = node.args
+    assert isinstance(target, fx.Node)
+    items = index if isinstance(index, (tuple, list)) else (index,)
+    kinds = AliasClasses(graph).kinds
+    with graph.inserting_before(node):
+        if any(isinstance(item, fx.Node) and kinds[item] is Kind.TENSOR for item in items):
+            indices = [item if isinstance(item, fx.Node) else None for item in items]
+            if not isinstance(value, fx.Node):
+                value = graph.call_function(aten.new_full.default, (target, [], value))
+            else:
+                value = graph.call_function(aten.type_as.default, (value, target))
+            return graph.call_function(aten.index_put.default, (target, indices, value))
+        chain = split_getitem(graph, target, index)
+        new = fill_like(graph, chain[-1] if chain else target, value)
+        for view, parent in zip(reversed(chain), reversed([target, *chain[:-1]]), strict=True):
+            new = scatter_back(graph, view, parent, new)
+        return new
+
+
+def _redirect(
+    graph: fx.Graph,
+    node: fx.Node,
+    new: fx.Node,
+    chain: list[fx.Node],
+    stale: list[fx.Node],
+    classes: AliasClasses,
+) -> None:
+    """Give every later reader of the storage its value after the write at ``node``."""
+    now = classes.position[node]
+    renewed = {chain[-1]: new}
+    last = new
+    for view, parent in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+        value = renewed[view]
+        if classes.link[view] != (parent, Link.SAME):
+            with graph.inserting_before(node if new is not node else node.next):
+                value = scatter_back(graph, view, parent, value)
+            value.meta = dict(parent.meta)
+        renewed[parent] = value
+    anchor = node if new is not node else _after(last, renewed)
+    for old in stale:
+        fresh = _renew(graph, old, renewed, classes, anchor, is_before=new is not node)
+        for user in list(old.users):
+            if classes.position.get(user, -1) > now:
+                user.replace_input_with(old, fresh)
+
+
+def _after(node: fx.Node, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The last of the new nodes that follow ``node``."""
+    made = set(renewed.values())
+    while node.next in made:
+        node = node.next
+    return node
+
+
+def _renew(
+    graph: fx.Graph,
+    old: fx.Node,
+    renewed: dict[fx.Node, fx.Node],
+    classes: AliasClasses,
+    anchor: fx.Node,
+    is_before: bool,
+) -> fx.Node:
+    """The view ``old`` taken again on the renewed storage."""
+    if old in renewed:
+        return renewed[old]
+    link = classes.link[old]
+    assert link is not None
+    source = _renew(graph, link[0], renewed, classes, anchor, is_before)
+    if link[1] is Link.SAME:
+        renewed[old] = source
+        return source
+    with graph.inserting_before(anchor if is_before else _last_of(anchor, source)):
+        fresh = graph.node_copy(old, lambda n: source if n is link[0] else n)
+    renewed[old] = fresh
+    return fresh
+
+
+def _last_of(anchor: fx.Node, source: fx.Node) -> fx.Node:
+    """The first node after both."""
+    node = anchor
+    while node is not source and node.op != "output":
+        node = node.next
+    return source.next if node is source else anchor.next
+
+
+def _dtypes(gm: fx.GraphModule) -> dict[fx.Node, torch.dtype | None]:
+    """The dtype of every value, where metadata or the layers tell."""
+    dtypes: dict[fx.Node, torch.dtype | None] = {}
+    for node in gm.graph.nodes:
+        dtypes[node] = _dtype(gm, node, dtypes)
+    return dtypes
+
+
+_SAME_DTYPE = frozenset(
+    "add sub mul truediv div relu relu6 silu gelu tanh sigmoid hardswish hardtanh leaky_relu elu iadd isub imul itruediv "
+    "add_ sub_ mul_ div_ relu_ clone contiguous view reshape flatten permute transpose cat dropout max_pool2d avg_pool2d "
+    "adaptive_avg_pool2d interpolate pad getitem slice select neg stack chunk split unsqueeze squeeze expand".split()
+)
+
+
+def _dtype(gm: fx.GraphModule, node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None]) -> torch.dtype | None:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    operands = {dtypes[source] for source in node.all_input_nodes}
+    common = operands.pop() if len(operands) == 1 else None
+    if node.op == "get_attr":
+        attribute = get_attr(gm, str(node.target))
+        return attribute.dtype if isinstance(attribute, torch.Tensor) else None
+    if node.op == "call_module":
+        module = get_attr(gm, str(node.target))
+        if not type(module).__module__.startswith("torch.nn.modules"):
+            return None
+        weight = next(module.parameters(), None)
+        return weight.dtype if weight is not None else common
+    if node.op in ("call_function", "call_method") and op_name(node) in _SAME_DTYPE and "dtype" not in node.kwargs:
+        return common if common is not None and common.is_floating_point else None
+    return None
