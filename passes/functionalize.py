@@ -66,15 +66,27 @@ class FunctionalizePass(Pass):
     and when the op has no functional twin (random fills, resize_).
     """
 
+    def __init__(self) -> None:
+        self._classes: AliasClasses | None = None  # of the graph planned last, until its edits are applied
+
     def plan(self, gm: fx.GraphModule) -> Plan:
         """The writes that can be made functional now; see the class."""
         writers = [n for n in gm.graph.nodes if is_mutating(n) and not updates_statistics(n)]
-        return _Planner(gm, writers).plan() if writers else Plan()
+        if not writers:
+            return Plan()
+        planner = _Planner(gm, writers)
+        self._classes = planner.classes
+        return planner.plan()
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         """Make one write functional."""
         assert isinstance(edit, Functionalize)
-        _apply(gm, edit)
+        assert self._classes is not None
+        _apply(gm, edit, self._classes)
+
+    def finish(self, gm: fx.GraphModule) -> None:
+        """Forget what the plan knew."""
+        self._classes = None
 
 
 class _Refused(Exception):
@@ -205,17 +217,16 @@ def _share_modules(gm: fx.GraphModule, writers: list[fx.Node], plan: Plan) -> No
             plan.edits[i] = Functionalize(**{**vars(edit), "own_module": True})
 
 
-def _apply(gm: fx.GraphModule, edit: Functionalize) -> None:
+def _apply(gm: fx.GraphModule, edit: Functionalize, classes: AliasClasses) -> None:
     nodes = {node.name: node for node in gm.graph.nodes}
     node = nodes[edit.node]
     # Not edit.written: an earlier edit of this round may have replaced it.  A module may be switched already.
     written = node.all_input_nodes[0] if node.op == "call_module" else written_operand(node)
     assert written is not None
-    classes = AliasClasses(gm.graph) if edit.stale else None
     if node.op == "call_module":
         new = _functional_module(gm, node, edit.own_module)
     elif _is_setitem(node):
-        new = _functional_setitem(gm.graph, node)
+        new = _functional_setitem(gm.graph, node, classes.kinds)
     else:
         new = replace_call(node)
     if new is not node:
@@ -225,7 +236,7 @@ def _apply(gm: fx.GraphModule, edit: Functionalize) -> None:
                 new = gm.graph.call_function(aten.type_as.default, (new, written))
             new.meta = dict(written.meta)
         node.replace_all_uses_with(new)
-    if classes is not None:
+    if edit.stale:
         chain, stale = [nodes[n] for n in edit.chain], [nodes[n] for n in edit.stale]
         _redirect(gm.graph, node, new, chain, stale, classes)
     if new is not node:
@@ -244,11 +255,10 @@ def _functional_module(gm: fx.GraphModule, node: fx.Node, needs_own: bool) -> fx
     return node
 
 
-def _functional_setitem(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _functional_setitem(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, Kind]) -> fx.Node:
     target, index, value = node.args
     assert isinstance(target, fx.Node)
     items = index if isinstance(index, (tuple, list)) else (index,)
-    kinds = AliasClasses(graph).kinds
     with graph.inserting_before(node):
         if any(isinstance(item, fx.Node) and kinds[item] is Kind.TENSOR for item in items):
             indices = [item if isinstance(item, fx.Node) else None for item in items]
@@ -273,7 +283,8 @@ def _redirect(
     classes: AliasClasses,
 ) -> None:
     """Give every later reader of the storage its value after the write at ``node``."""
-    now = classes.position[node]
+    position = {n: i for i, n in enumerate(graph.nodes)}  # edits before this one may have added nodes
+    now = position[node]
     renewed = {chain[-1]: new}
     last = new
     for view, parent in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
@@ -287,7 +298,7 @@ def _redirect(
     for old in stale:
         fresh = _renew(graph, old, renewed, classes, anchor, is_before=new is not node)
         for user in list(old.users):
-            if classes.position.get(user, -1) > now:
+            if position.get(user, -1) > now:
                 user.replace_input_with(old, fresh)
 
 

@@ -18,7 +18,7 @@ from srfx.ir.checks import check_graph, check_tensors
 from srfx.ir.clone import clone_structure, copy_call_hooks
 from srfx.ir.exported import strip_export
 from srfx.ir.masks import bake_all
-from srfx.ir.shapes import hint_inputs
+from srfx.ir.shapes import hint_inputs, propagate
 
 # What running the user's forward under a tracer can raise.
 _TRACE_FAILURES = (
@@ -132,6 +132,8 @@ def _trace(
     try:
         gm = fx.symbolic_trace(owned)
         check_graph(gm)
+        if args is not None or kwargs:  # `if mask is None` on a proxy silently takes the wrong branch
+            propagate(gm, hint_inputs(gm, args, kwargs))
     except (*_TRACE_FAILURES, CaptureError) as error:
         return _export(model, args, kwargs, error), "torch.export"
     copy_call_hooks(owned, gm)  # fx calls forward, not __call__: the hooks of the root were not traced

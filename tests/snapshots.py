@@ -1,0 +1,63 @@
+"""What a model was before a test touched it, and both ways of tracing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything a user could notice: tensors by identity and value, hooks, flags, classes, the module tree."""
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        tensors = {**module._parameters, **module._buffers}
+        tensors |= {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+        state[path] = {
+            "self": id(module),
+            "class": type(module),
+            "training": module.training,
+            "inplace": getattr(module, "inplace", None),
+            "tensors": {k: (id(t), None if t is None else t.detach().clone()) for k, t in tensors.items()},
+            "grad": {k: t.requires_grad for k, t in tensors.items() if t is not None},
+            "hooks": [list(d.values()) for d in (module._forward_hooks, module._forward_pre_hooks)],
+            "children": [(k, id(m)) for k, m in module._modules.items()],
+        }
+    return state
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    assert list(after) == list(before)
+    for path, was in before.items():
+        now = after[path]
+        for key in ("self", "class", "training", "inplace", "grad", "hooks", "children"):
+            assert now[key] == was[key], (path, key)
+        assert list(now["tensors"]) == list(was["tensors"]), path
+        for name, (identity, value) in was["tensors"].items():
+            other_identity, other = now["tensors"][name]
+            assert identity == other_identity, (path, name)
+            assert value is None or torch.equal(value.nan_to_num(), other.nan_to_num()), (path, name)
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], route: str) -> fx.GraphModule:
+    """``route``: "symbolic" or "export" (dynamic batch, not decomposed)."""
+    if route == "symbolic":
+        return fx.symbolic_trace(model)
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in args)
+    with torch.no_grad():
+        return torch.export.export(model, args, dynamic_shapes=(shapes), strict=False).module()
+
+
+def assert_same(expected: Any, got: Any) -> None:
+    """Equal structure of tensors, dtypes, shapes; values to 1e-10 relative, nan equal to nan."""
+    wanted, found = tree_leaves(expected), tree_leaves(got)
+    assert len(wanted) == len(found)
+    for a, b in zip(wanted, found, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12, equal_nan=True)
+        else:
+            assert a == b
