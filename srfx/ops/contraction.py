@@ -274,7 +274,8 @@ class Contraction(OpRule):
         rows = self._rows_by_group(call, live).flatten(0, -3).any(0)  # [G, R]
         wanted = self._wanted(call, live, facts).flatten(0, -3)[0]  # [G, C]
         reads = self._reads(call, facts)
-        absorbed = torch.where(varies | wanted, 0.0, value)
+        read = _any(rows, reads.transpose(1, 2))
+        absorbed = torch.where(read & ~varies & ~wanted, value, 0.0)
         used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
         edits: list[GraphEdit] = []
         weight = w.tensor.detach()
