@@ -40,6 +40,8 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
     """
 
     name: ClassVar[str] = ""
+    recompiles: bool = True
+    """A pipeline sets it to False and recompiles once, after its last pass; ``ensures`` then sees the graph only."""
 
     @abstractmethod
     def plan(self, gm: fx.GraphModule) -> Plan:
@@ -71,7 +73,8 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
         if plan.edits:
             self.finish(graph_module)
             graph_module.graph.lint()
-            graph_module.recompile()
+            if self.recompiles:
+                graph_module.recompile()
         return PassResult(graph_module, bool(plan.edits), tuple(plan.edits), tuple(plan.refusals))
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:

@@ -55,13 +55,19 @@ class Pipeline:
         for step in self.passes:
             last = self._settle(step, gm, result)
             result.refusals += [(step.name, refusal) for refusal in last.refusals]
+        if result.modified:
+            gm.recompile()
         return result
 
     def _settle(self, step: Pass, gm: fx.GraphModule, result: PipelineResult) -> PassResult:
-        for _ in range(self.max_rounds):
-            done = step(gm)
-            result.edits += [(step.name, edit) for edit in done.edits]
-            if not done.modified:
-                return done
+        recompiled, step.recompiles = step.recompiles, False  # once, at the end, is enough
+        try:
+            for _ in range(self.max_rounds):
+                done = step(gm)
+                result.edits += [(step.name, edit) for edit in done.edits]
+                if not done.modified:
+                    return done
+        finally:
+            step.recompiles = recompiled
         name = step.name or type(step).__name__
         raise AssertionError(f"pass {name!r} still plans edits after {self.max_rounds} rounds")

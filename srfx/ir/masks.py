@@ -8,8 +8,9 @@ model it was cloned from are only read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -199,6 +200,7 @@ def _bake_parametrization(module: nn.Module, tensor: str) -> None:
     del parametrized[tensor]
     if not len(parametrized):
         del module._modules["parametrizations"]
+        _remove_load_hooks(module, lambda hook: getattr(hook, "__module__", "") == "torch.nn.utils.parametrizations")
         # The class with the property is shared with the user's module: leave it alone, step back to its base.
         module.__class__ = module.__class__.__bases__[0]
     module.__dict__.setdefault("_srfx_baked", {})
@@ -217,12 +219,15 @@ def _remove_hook(module: nn.Module, hook: object) -> None:
     for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
-    if isinstance(hook, SpectralNorm):
-        for store in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            for key, value in list(store.items()):
-                target = getattr(value, "hook", value)  # newer torch wraps load hooks
-                if getattr(target, "fn", None) is hook:
-                    del store[key]
+    _remove_load_hooks(module, lambda other: getattr(other, "fn", None) is hook)
+
+
+def _remove_load_hooks(module: nn.Module, is_meant: Callable[[Any], bool]) -> None:
+    """Remove the hooks that translate state dicts of the mechanism that is gone."""
+    for store in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, value in list(store.items()):
+            if is_meant(getattr(value, "hook", value)):  # torch wraps load hooks
+                del store[key]
 
 
 def _forget(module: nn.Module, name: str) -> None:
