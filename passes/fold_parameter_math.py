@@ -26,6 +26,8 @@ _MOVEMENT = frozenset(
     "_to_copy cat concat concatenate stack roll flip lift_fresh_copy embedding gather take repeat tile "
     "repeat_interleave getattr data".split()
 )
+# Movement that takes a shape or dtype from another tensor: it would keep that tensor alive, so it is folded too.
+_LIKE_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
 _SMALL = 1 << 16
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -162,7 +164,7 @@ class _Planner:
         if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
             source = node.args[0]
             return isinstance(self.evaluate(source), (tuple, list)) and not self.moves_only(source)
-        return not self.moves_only(node)
+        return not self.moves_only(node) or op_name(node) in _LIKE_ANOTHER
 
     def escapes(self, source: fx.Node) -> bool:
         """Whether a source is read by something else than constant arithmetic."""

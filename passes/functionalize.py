@@ -42,6 +42,7 @@ class Functionalize(Edit):
         chain: views from the storage's first node to the written operand, by sure links.
         stale: older names of the storage that are read later; these reads get the new value.
         casts: whether the twin's result must be cast back to the written tensor's dtype.
+        is_written_again: whether the storage is written later: then the result must stay a view of it.
         own_module: whether the call gets a module of its own (other calls of the module stay in place).
     """
 
@@ -49,6 +50,7 @@ class Functionalize(Edit):
     chain: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
     casts: bool = False
+    is_written_again: bool = False
     own_module: bool = False
 
 
@@ -109,9 +111,6 @@ class _Planner:
         closed: dict[fx.Node, str] = {}  # classes with a refused write
         for node in self.writers:
             written = written_operand(node)
-            if written is not None and self.classes.kinds[written] is Kind.SCALAR:
-                if node.target in _NUMBER_TWINS:
-                    continue  # += on a size: nothing is written
             top = self.classes.top(written) if written is not None else node
             if top in waiting:
                 continue
@@ -144,14 +143,13 @@ class _Planner:
         position = self.classes.position
         now = position[node]
         stale = [m for m in members if position[m] < now and any(position[u] > now for u in m.users)]
+        stale = [m for m in stale if not self.classes.are_disjoint(m, written)]
         is_setitem = _is_setitem(node)
-        chain: list[fx.Node] | None = [written]
+        chain = [written]
         if stale or is_setitem:
-            if self.classes.kinds[written] is Kind.UNKNOWN:
+            if self.classes.kinds[written] is Kind.UNKNOWN and set(stale) - {written}:
                 raise _Refused(f"{written.name} may be a number or a tensor")
-            chain = self.sure_chain(written)
-            for member in stale:
-                self.sure_chain(member)
+            chain = self.shared_chain(written, stale)
             if is_metadata_op(node):
                 raise _Refused(f"{op_name(node)} changes the shape under other names of the tensor")
             for view in chain[1:]:
@@ -160,13 +158,20 @@ class _Planner:
                     raise _Refused(f"the view {view.name} ({op_name(view)}) cannot be undone")
         casts = may_change_dtype(node, self.dtypes, self.classes.kinds)
         names = tuple(n.name for n in chain)
-        return Functionalize(node.name, written.name, names, tuple(n.name for n in stale), casts)
+        is_written_again = any(position[w] > now and written_operand(w) in members for w in self.writers)
+        return Functionalize(node.name, written.name, names, tuple(n.name for n in stale), casts, is_written_again)
 
-    def sure_chain(self, node: fx.Node) -> list[fx.Node]:
-        chain = self.classes.chain(node)
-        if chain is None:
-            raise _Refused(f"{node.name} may or may not share storage with {self.classes.top(node).name}")
-        return chain
+    def shared_chain(self, written: fx.Node, stale: list[fx.Node]) -> list[fx.Node]:
+        """The views from the last node that ``written`` and all of ``stale`` come from, to ``written``."""
+        chain = self.classes.chain(written)
+        n_shared = len(chain)
+        for member in stale:
+            other = self.classes.chain(member)
+            pairs = zip(chain, other, strict=False)
+            n_shared = min(n_shared, next((i for i, (a, b) in enumerate(pairs) if a is not b), min(len(chain), len(other))))
+            if not n_shared:
+                raise _Refused(f"{member.name}, read later, may or may not share storage with {written.name}")
+        return chain[n_shared - 1 :]
 
     def check_target(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -193,11 +198,6 @@ class _Planner:
             raise _Refused("the index mixes tensors and slices")
         if has_tensor and any(isinstance(i, fx.Node) and self.classes.kinds[i] is Kind.SCALAR for i in items):
             raise _Refused("the index mixes tensors and numbers")
-
-
-_NUMBER_TWINS = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.ifloordiv, operator.imod, operator.itruediv, operator.ipow}
-)
 
 
 def _is_setitem(node: fx.Node) -> bool:
@@ -237,8 +237,7 @@ def _apply(gm: fx.GraphModule, edit: Functionalize, classes: AliasClasses) -> No
             new.meta = dict(written.meta)
         node.replace_all_uses_with(new)
     if edit.stale:
-        chain, stale = [nodes[n] for n in edit.chain], [nodes[n] for n in edit.stale]
-        _redirect(gm.graph, node, new, chain, stale, classes)
+        _Redirection(gm.graph, node, new, classes).run(edit, nodes)
     if new is not node:
         gm.graph.erase_node(node)
 
@@ -274,71 +273,50 @@ def _functional_setitem(graph: fx.Graph, node: fx.Node, kinds: dict[fx.Node, Kin
         return new
 
 
-def _redirect(
-    graph: fx.Graph,
-    node: fx.Node,
-    new: fx.Node,
-    chain: list[fx.Node],
-    stale: list[fx.Node],
-    classes: AliasClasses,
-) -> None:
-    """Give every later reader of the storage its value after the write at ``node``."""
-    position = {n: i for i, n in enumerate(graph.nodes)}  # edits before this one may have added nodes
-    now = position[node]
-    renewed = {chain[-1]: new}
-    last = new
-    for view, parent in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
-        value = renewed[view]
-        if classes.link[view] != (parent, Link.SAME):
-            with graph.inserting_before(node if new is not node else node.next):
-                value = scatter_back(graph, view, parent, value)
-            value.meta = dict(parent.meta)
-        renewed[parent] = value
-    anchor = node if new is not node else _after(last, renewed)
-    for old in stale:
-        fresh = _renew(graph, old, renewed, classes, anchor, is_before=new is not node)
-        for user in list(old.users):
-            if position.get(user, -1) > now:
-                user.replace_input_with(old, fresh)
+class _Redirection:
+    """Gives every later reader of a storage its value after the write at ``node``."""
 
+    def __init__(self, graph: fx.Graph, node: fx.Node, new: fx.Node, classes: AliasClasses) -> None:
+        self.graph = graph
+        self.node = node
+        self.new = new
+        self.classes = classes
+        self.end = node if new is not node else node.next  # new nodes go before it
+        self.renewed: dict[fx.Node, fx.Node] = {}
 
-def _after(node: fx.Node, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The last of the new nodes that follow ``node``."""
-    made = set(renewed.values())
-    while node.next in made:
-        node = node.next
-    return node
+    def run(self, edit: Functionalize, nodes: dict[str, fx.Node]) -> None:
+        chain = [nodes[name] for name in edit.chain]
+        position = {n: i for i, n in enumerate(self.graph.nodes)}  # edits before this one may have added nodes
+        now = position[self.node]
+        readers = {old: [u for u in old.users if position[u] > now] for old in map(nodes.__getitem__, edit.stale)}
+        own_readers = list(self.new.users)
+        value = self.renewed[chain[-1]] = self.new
+        for view, parent in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+            if self.classes.link[view] != (parent, Link.SAME):
+                with self.graph.inserting_before(self.end):
+                    value = scatter_back(self.graph, view, parent, value)
+                value.meta = dict(parent.meta)
+            self.renewed[parent] = value
+        if edit.is_written_again:  # what the op returned must see the next write, so it is a view of the new base
+            self.renewed = {chain[0]: value}
+            view = self.renew(chain[-1])
+            for user in own_readers:
+                user.replace_input_with(self.new, view)
+        for old, users in readers.items():
+            for user in users:
+                user.replace_input_with(old, self.renew(old))
 
-
-def _renew(
-    graph: fx.Graph,
-    old: fx.Node,
-    renewed: dict[fx.Node, fx.Node],
-    classes: AliasClasses,
-    anchor: fx.Node,
-    is_before: bool,
-) -> fx.Node:
-    """The view ``old`` taken again on the renewed storage."""
-    if old in renewed:
-        return renewed[old]
-    link = classes.link[old]
-    assert link is not None
-    source = _renew(graph, link[0], renewed, classes, anchor, is_before)
-    if link[1] is Link.SAME:
-        renewed[old] = source
-        return source
-    with graph.inserting_before(anchor if is_before else _last_of(anchor, source)):
-        fresh = graph.node_copy(old, lambda n: source if n is link[0] else n)
-    renewed[old] = fresh
-    return fresh
-
-
-def _last_of(anchor: fx.Node, source: fx.Node) -> fx.Node:
-    """The first node after both."""
-    node = anchor
-    while node is not source and node.op != "output":
-        node = node.next
-    return source.next if node is source else anchor.next
+    def renew(self, old: fx.Node) -> fx.Node:
+        """The view ``old`` taken again on the renewed storage."""
+        if old not in self.renewed:
+            link = self.classes.link[old]
+            assert link is not None
+            source = self.renew(link[0])
+            if link[1] is not Link.SAME:
+                with self.graph.inserting_before(self.end):
+                    source = self.graph.node_copy(old, lambda n: source if n is link[0] else n)
+            self.renewed[old] = source
+        return self.renewed[old]
 
 
 def _dtypes(gm: fx.GraphModule) -> dict[fx.Node, torch.dtype | None]:

@@ -195,7 +195,9 @@ class AliasClasses:
         self._top: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
         for node, link in self.link.items():  # operands come first, so one sweep is enough
-            top = node if link is None or self.kinds[node] is Kind.SCALAR else self._top[link[0]]
+            # fx's generated code rebinds the name that += is applied to, also when it is a number's
+            is_number = self.kinds[node] is Kind.SCALAR and (link is None or link[1] is not Link.SAME)
+            top = node if link is None or is_number else self._top[link[0]]
             self._top[node] = top
             self._members.setdefault(top, []).append(node)
 
@@ -207,14 +209,22 @@ class AliasClasses:
         """All nodes that may share storage with ``node``, in graph order, itself included."""
         return self._members[self._top[node]]
 
-    def chain(self, node: fx.Node) -> list[fx.Node] | None:
-        """From the top of the class to ``node`` by sure links; None when an unsure one lies between."""
+    def chain(self, node: fx.Node) -> list[fx.Node]:
+        """To ``node`` by sure links (itself last), from as far up as there are any."""
         path = [node]
-        while (link := self.link[path[-1]]) is not None:
-            if link[1] is Link.MAYBE:
-                return None
+        while (link := self.link[path[-1]]) is not None and link[1] is not Link.MAYBE:
             path.append(link[0])
         return path[::-1]
+
+
+    def are_disjoint(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes surely share no element: they come from different pieces of one split."""
+        for x, y in zip(self.chain(a), self.chain(b), strict=False):
+            if x is not y:
+                source = self.link[x]
+                is_split = source is not None and op_name(source[0]) in _TUPLE_VIEWS and source == self.link[y]
+                return is_split and all(n.target is operator.getitem and isinstance(n.args[1], int) for n in (x, y))
+        return False
 
 
 def mutation_barriers(gm: fx.GraphModule) -> set[fx.Node]:

@@ -45,7 +45,7 @@ def functional_target(node: fx.Node) -> Any:
     base = name[:-1]
     if isinstance(target, torch._ops.OpOverload):
         packet = getattr(torch.ops.aten, base, None)
-        return getattr(packet, target._overloadname, None) if packet is not None else None
+        return None if packet is None else _matching_overload(packet, target)
     if node.op == "call_method":
         return base if hasattr(torch.Tensor, base) else None
     for place in (torch, F, torch.special, torch.linalg):
@@ -94,12 +94,17 @@ def out_twin_exists(node: fx.Node) -> bool:
 
 
 def _without_out(target: torch._ops.OpOverload) -> Any:
-    packet = target.overloadpacket
-    wanted = [arg.type for arg in target._schema.arguments if not arg.is_out]
-    for overload in packet.overloads():
-        schema = getattr(packet, overload)._schema
-        if not schema.is_mutable and str([arg.type for arg in schema.arguments]) == str(wanted):
-            return getattr(packet, overload)
+    return _matching_overload(target.overloadpacket, target)
+
+
+def _matching_overload(packet: Any, target: torch._ops.OpOverload) -> Any:
+    """The functional overload of ``packet`` that takes what ``target`` takes, ``out`` aside; None if there is none."""
+    wanted = [str(arg.type) for arg in target._schema.arguments if not arg.is_out]
+    names = [target._overloadname, *packet.overloads()]
+    for name in [n for n in names if n in packet.overloads()]:
+        schema = getattr(packet, name)._schema
+        if not schema.is_mutable and [str(arg.type) for arg in schema.arguments] == wanted:
+            return getattr(packet, name)
     return None
 
 
@@ -198,7 +203,7 @@ def can_scatter(view: fx.Node) -> bool:
     name = op_name(view)
     if name in ("slice", "select", "view", "view_as", "unsqueeze", "squeeze", "unflatten", "transpose", "swapaxes"):
         return not any(isinstance(arg, torch.dtype) for arg in view.args) and not view.kwargs
-    if name in ("t", "detach", "alias", "T", "mT"):
+    if name in ("t", "alias", "T", "mT"):  # not detach: gradients of what was written would be cut off
         return view.op != "call_function" or view.target is not getattr
     if name == "permute":
         dims = view.args[1] if len(view.args) == 2 and isinstance(view.args[1], (tuple, list)) else view.args[1:]
@@ -235,6 +240,6 @@ def scatter_back(graph: fx.Graph, view: fx.Node, parent: fx.Node, new: fx.Node) 
         dims = list(args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args)
         dims = [d % len(dims) for d in dims]
         return graph.call_function(aten.permute.default, (new, [dims.index(i) for i in range(len(dims))]))
-    if name in ("detach", "alias"):
+    if name == "alias":
         return new
     return graph.call_function(aten.reshape_as.default, (new, parent))
