@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from srfx.errors import CaptureError, MissingShapesError
 from srfx.ir.clone import clone_structure
+from srfx.ir.flops import FlopCounter
 from srfx.ir.probing import candidates
 
 _UNKNOWABLE = (
@@ -75,7 +77,7 @@ def hint_inputs(
         return hints
     if not probe:
         raise MissingShapesError("the graph has no shape metadata: pass example_inputs")
-    return _probe(gm, placeholders)[0]
+    return _probe(gm, placeholders).inputs
 
 
 def propagate(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> dict[fx.Node, Any]:
@@ -95,18 +97,37 @@ def propagate(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> dict[fx
 
     Cost: about 0.2 ms a node the first time torch meets an op with these shapes, a quarter of it later.
     """
+    return survey(gm, hints).values
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one run of a graph on fake tensors tells.
+
+    Attributes:
+        inputs: the value given to each placeholder.
+        values: the value of each node, see :func:`propagate`.
+        flops: floating-point operations of each call node that has any.
+    """
+
+    inputs: list[Any]
+    values: dict[fx.Node, Any]
+    flops: dict[fx.Node, int]
+
+
+def survey(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Survey:
+    """:func:`propagate`, which also says what the inputs were and counts FLOPs; same arguments and errors."""
     if hints is None:
         placeholders = gm.graph.find_nodes(op="placeholder")
-        known = _from_metadata(placeholders)
-        if known is None:
-            return _probe(gm, placeholders)[1]
-        hints = known
+        hints = _from_metadata(placeholders)
+        if hints is None:
+            return _probe(gm, placeholders)
     try:
-        return _Propagator(gm, with_hooks=False).run(hints)
+        return _Propagator(gm, with_hooks=False).survey(hints)
     except CaptureError:
         if not any(_has_hooks(module) for name, module in gm.named_modules() if name):
             raise
-        return _Propagator(gm, with_hooks=True).run(hints)
+        return _Propagator(gm, with_hooks=True).survey(hints)
 
 
 class _Propagator:
@@ -117,19 +138,23 @@ class _Propagator:
         self.with_hooks = with_hooks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.values: dict[fx.Node, Any] = {}
+        self.flops: dict[fx.Node, int] = {}
         self.modules: dict[nn.Module, nn.Module] = {}
 
-    def run(self, hints: Sequence[Any]) -> dict[fx.Node, Any]:
+    def survey(self, hints: Sequence[Any]) -> Survey:
         given = iter(hints)
-        with torch.no_grad(), self.mode:
+        with torch.no_grad(), self.mode, FlopCounter() as counter:
             for node in self.gm.graph.nodes:
+                counter.total = 0
                 if node.op == "placeholder":
                     self.values[node] = self.fake_input(next(given))
                 elif any(self.values[source] is UNKNOWN for source in node.all_input_nodes):
                     self.values[node] = UNKNOWN
                 else:
                     self.values[node] = self.step(node)
-        return self.values
+                if counter.total:
+                    self.flops[node] = counter.total
+        return Survey(list(hints), self.values, self.flops)
 
     def step(self, node: fx.Node) -> Any:
         try:
@@ -331,7 +356,7 @@ def _bind_exported(
     return leaves
 
 
-def _probe(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> tuple[list[Any], dict[fx.Node, Any]]:
+def _probe(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Survey:
     """Try likely input shapes until the whole graph runs."""
     n_tried = 0
     last: CaptureError | None = None
@@ -340,11 +365,9 @@ def _probe(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> tuple[list[An
         with FakeTensorMode(allow_non_fake_inputs=True):
             hints = [value() if callable(value) else value for value in guess]
         try:
-            values = _Propagator(gm, with_hooks=False).run(hints)
+            return _Propagator(gm, with_hooks=False).survey(hints)
         except CaptureError as error:
             last = error
-            continue
-        return hints, values
     names = ", ".join(str(node.target) for node in placeholders)
     raise MissingShapesError(
         f"none of {n_tried} common shapes fits the inputs ({names}): pass example_inputs to say what the model takes"
