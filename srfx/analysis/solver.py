@@ -21,6 +21,7 @@ from srfx.ir.program import Param, Program
 from srfx.lattice.classes import Classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
+from srfx.ops.norm import LayerNorm
 
 
 def analyse(gm: fx.GraphModule, hints: dict[fx.Node, Any], multiple_of: int = 1) -> tuple[FactTable, list[Site]]:
@@ -40,9 +41,11 @@ def analyse(gm: fx.GraphModule, hints: dict[fx.Node, Any], multiple_of: int = 1)
         facts = FactTable(program, labels, Classes.of(labels.table, multiple_of))
         facts.kept = torch.zeros(labels.table.size, dtype=torch.bool)
         facts.refusals = list(labels.refusals)
+        facts.ranks = torch.zeros(labels.table.size, dtype=torch.int8)
         constancy(facts, found)
         _settle(facts, found)
-        if _choose_carriers(facts, found):
+        _choose_carriers(facts, found)
+        while _choose_emitted(facts, found):
             _settle(facts, found)
     return facts, found
 
@@ -51,7 +54,7 @@ def _settle(facts: FactTable, found: list[Site]) -> None:
     while True:
         liveness(facts, found)
         seed = live_labels(facts) | facts.kept
-        kept = facts.classes.close(seed | _present(facts, found, seed))
+        kept = facts.classes.close(seed | _present(facts, found, seed) | _sustained(facts, found))
         if torch.equal(kept, facts.kept):
             return
         facts.kept = kept
@@ -73,7 +76,40 @@ def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
     return wanted
 
 
-def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
+def _sustained(facts: FactTable, found: list[Site]) -> Tensor:
+    """What rules keep because something else is kept."""
+    wanted = torch.zeros_like(facts.kept)
+    for site in found:
+        labels = site.rule.sustain(site.call, facts)
+        if labels is not None:
+            wanted[facts.classes.representative[labels]] = True
+    return wanted
+
+
+def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
+    """For every norm that loses channels: which statistics its readers need, and where these travel.
+
+    They take the places of removed channels.  When a place turns out to be kept, or there are not more removed
+    channels than statistics, the choice is made again; each round keeps more, so this ends.
+    """
+    needs: dict[fx.Node, tuple[set[str], Tensor]] = {}
+    for site in found:
+        if isinstance(site.rule, Contraction):
+            need = site.rule.statistics(site.call, facts)
+            if need is not None:
+                norm, names, gone = need
+                before = needs.get(norm, (set(), torch.zeros_like(gone)))
+                needs[norm] = (before[0] | names, before[1] | gone)
+    again = not facts.settled_once
+    facts.settled_once = True
+    for site in found:
+        if isinstance(site.rule, LayerNorm):
+            names, gone = needs.get(site.node, (set(), None))
+            again = site.rule.place(site.call, facts, names, gone) or again
+    return again
+
+
+def _choose_carriers(facts: FactTable, found: list[Site]) -> None:
     """For every value whose nonzero constants meet a border: the channel that carries them all.
 
     Any of them would do.  One that is kept anyway costs nothing, a large one loses no digits.
@@ -93,7 +129,6 @@ def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
         score = torch.where(border, size, 0.0)
         kept = facts.is_kept(facts.fields(x)[axis]).flatten() & border & (score >= 0.1 * score.max())
         facts.carriers[x] = int((torch.where(kept, score, 0.0) if bool(kept.any()) else score).argmax())
-    return bool(wanted)
 
 
 def _count_in_multiples(program: Program, labels: Any) -> None:

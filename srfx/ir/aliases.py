@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,22 +15,22 @@ from srfx.ir.attrs import get_attr
 from srfx.ir.effects import is_mutating, op_name, updates_statistics
 
 _VIEWS = frozenset(
-    "view view_as transpose permute slice select narrow unsqueeze squeeze expand expand_as t T mT swapaxes swapdims "
-    "movedim moveaxis detach alias diagonal as_strided unfold split split_with_sizes chunk unbind tensor_split real "
-    "broadcast_to unflatten unsafe_chunk".split()
+    ["view", "view_as", "transpose", "permute", "slice", "select", "narrow", "unsqueeze", "squeeze", "expand", "expand_as", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "detach", "alias", "diagonal", "as_strided", "unfold", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "real", "broadcast_to", "unflatten", "unsafe_chunk"]
 )
 _MAYBE_VIEWS = frozenset(
-    "reshape reshape_as flatten contiguous to type type_as float half double bfloat16 long int bool cpu cuda dropout "
-    "dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout stochastic_depth clone_ "
-    "requires_grad_ pad lift lift_fresh ravel atleast_1d atleast_2d atleast_3d".split()
+    ["reshape", "reshape_as", "flatten", "contiguous", "to", "type", "type_as", "float", "half", "double", "bfloat16", "long", "int", "bool", "cpu", "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "stochastic_depth", "clone_", "requires_grad_", "pad", "lift", "lift_fresh", "ravel", "atleast_1d", "atleast_2d", "atleast_3d"]
 )
-_TUPLE_VIEWS = frozenset("split split_with_sizes chunk unbind tensor_split".split())
+_TUPLE_VIEWS = frozenset(["split", "split_with_sizes", "chunk", "unbind", "tensor_split"])
 _MAYBE_VIEW_MODULES = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Flatten,
 )  # fmt: skip
 _SCALAR_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"})
-_SCALAR_METHODS = frozenset({"size", "dim", "numel", "ndimension", "item", "stride", "nelement", "get_device"})
-_SCALAR_ATEN = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_is_contiguous", "item", "_local_scalar_dense"})
+_SCALAR_METHODS = frozenset(
+    {"size", "dim", "numel", "ndimension", "item", "stride", "nelement", "get_device"}
+)
+_SCALAR_ATEN = frozenset(
+    {"sym_size", "sym_numel", "sym_stride", "sym_is_contiguous", "item", "_local_scalar_dense"}
+)
 
 
 class Link(Enum):
@@ -56,7 +56,9 @@ def alias_link(node: fx.Node, kinds: dict[fx.Node, Kind] | None = None) -> tuple
     sources = node.all_input_nodes
     if not sources or updates_statistics(node):
         return None
-    first = written_operand(node) or (node.args[0] if node.args and isinstance(node.args[0], fx.Node) else sources[0])
+    first = written_operand(node) or (
+        node.args[0] if node.args and isinstance(node.args[0], fx.Node) else sources[0]
+    )
     if node.op == "call_module":
         return _module_link(node, first)
     if is_mutating(node):
@@ -123,7 +125,7 @@ def _returns_tuple(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and len(node.target._schema.returns) > 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_fresh(target: Any, name: str) -> bool:
     """Whether torch documents a result with storage of its own."""
     if isinstance(target, torch._ops.OpOverload):
@@ -155,19 +157,30 @@ def value_kinds(graph: fx.Graph) -> dict[fx.Node, Kind]:
 def _kind(node: fx.Node, kinds: dict[fx.Node, Kind]) -> Kind:
     value = node.meta.get("val")
     if value is not None:
-        return Kind.TENSOR if isinstance(value, torch.Tensor) else Kind.SCALAR if _is_scalar(value) else Kind.UNKNOWN
+        return (
+            Kind.TENSOR
+            if isinstance(value, torch.Tensor)
+            else Kind.SCALAR
+            if _is_scalar(value)
+            else Kind.UNKNOWN
+        )
     if node.op in ("placeholder", "get_attr", "call_module"):
         return Kind.TENSOR
     name = op_name(node)
     if node.target is getattr:
         return Kind.SCALAR if node.args[1] in _SCALAR_ATTRIBUTES else Kind.TENSOR
-    if name in _SCALAR_METHODS and node.op == "call_method" or name in _SCALAR_ATEN or node.target in (len, int, float):
+    if (
+        (name in _SCALAR_METHODS
+        and node.op == "call_method")
+        or name in _SCALAR_ATEN
+        or node.target in (len, int, float)
+    ):
         return Kind.SCALAR
     module = getattr(node.target, "__module__", "")
     operands = [kinds[source] for source in node.all_input_nodes]
     if module == "math":
         return Kind.SCALAR
-    if module in ("_operator", "builtins") or node.op == "call_method" and name == "__getitem__":
+    if module in ("_operator", "builtins") or (node.op == "call_method" and name == "__getitem__"):
         if node.target is operator.getitem and operands:
             return kinds[node.args[0]] if isinstance(node.args[0], fx.Node) else Kind.UNKNOWN
         if all(kind is Kind.SCALAR for kind in operands):
@@ -177,7 +190,9 @@ def _kind(node: fx.Node, kinds: dict[fx.Node, Kind]) -> Kind:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size, torch.dtype))
+    return isinstance(
+        value, (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size, torch.dtype)
+    )
 
 
 class AliasClasses:
@@ -216,14 +231,19 @@ class AliasClasses:
             path.append(link[0])
         return path[::-1]
 
-
     def are_disjoint(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two nodes surely share no element: they come from different pieces of one split."""
         for x, y in zip(self.chain(a), self.chain(b), strict=False):
             if x is not y:
                 source = self.link[x]
-                is_split = source is not None and op_name(source[0]) in _TUPLE_VIEWS and source == self.link[y]
-                return is_split and all(n.target is operator.getitem and isinstance(n.args[1], int) for n in (x, y))
+                is_split = (
+                    source is not None and op_name(source[0]) in _TUPLE_VIEWS and source == self.link[y]
+                )
+                i, j = x.args[-1], y.args[-1]
+                is_item = (
+                    x.target is y.target is operator.getitem and isinstance(i, int) and isinstance(j, int)
+                )
+                return is_split and is_item and i != j and (i < 0) == (j < 0)  # type: ignore[operator]
         return False
 
 

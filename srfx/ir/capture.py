@@ -57,10 +57,10 @@ def capture(
 ) -> Captured:
     """Capture a model as a graph that later passes may change freely; the model itself is never changed.
 
-    Accepted: a GraphModule of torch.fx.symbolic_trace; a GraphModule of ``torch.export.export(...).module()``, also
-    decomposed; an ExportedProgram; a plain nn.Module, whose masks are baked on a clone, then traced by
-    torch.fx.symbolic_trace, and when that fails exported (which needs ``example_inputs``).  Wrappers
-    (DataParallel, DistributedDataParallel, torch.compile) are taken off.
+    Accepted: a GraphModule of torch.fx.symbolic_trace; a GraphModule of
+    ``torch.export.export(...).module()``, also decomposed; an ExportedProgram; a plain nn.Module, whose masks
+    are baked on a clone, then traced by torch.fx.symbolic_trace, and when that fails exported (which needs
+    ``example_inputs``).  Wrappers (DataParallel, DistributedDataParallel, torch.compile) are taken off.
 
     Args:
         model: what to capture, in training or eval mode (both are kept as they are).
@@ -68,8 +68,9 @@ def capture(
         example_kwargs: keyword arguments.
 
     Returns:
-        The captured graph; dead ``get_attr`` nodes, attributes nobody reads, export guards and metadata asserts
-        are gone, torch.no_grad regions are inlined, keyword inputs and structured outputs are as before.
+        The captured graph; dead ``get_attr`` nodes, attributes nobody reads, export guards and metadata
+        asserts are gone, torch.no_grad regions are inlined, keyword inputs and structured outputs are as
+        before.
 
     Raises:
         CaptureError: not a module, not traceable, the graph fails lint, or tensors without values.
@@ -81,7 +82,9 @@ def capture(
     if isinstance(model, ExportedProgram):
         model, source = model.module(), "exported program"
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
+        raise CaptureError(
+            f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
+        )
     model = _unwrap(model)
     check_tensors(model)
     if isinstance(model, fx.GraphModule):
@@ -126,7 +129,9 @@ def _trace(
     model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, str]:
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a TorchScript module has no Python code to trace: give the nn.Module it was made from")
+        raise CaptureError(
+            "a TorchScript module has no Python code to trace: give the nn.Module it was made from"
+        )
     owned = clone_structure(model)
     bake_all(owned)
     try:
@@ -197,5 +202,3 @@ def _dynamic_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return inspect.cleandoc(text).splitlines()[0][:200]
-
-

@@ -33,7 +33,9 @@ def check_tensors(module: nn.Module) -> None:
                 "load the trained weights before minimizing"
             )
         if tensor.is_quantized:
-            raise UnsupportedModelError(f"{name} is quantized ({tensor.dtype}): minimize the float model, then quantize")
+            raise UnsupportedModelError(
+                f"{name} is quantized ({tensor.dtype}): minimize the float model, then quantize"
+            )
         if tensor.layout is not torch.strided:
             raise UnsupportedModelError(f"{name} has layout {tensor.layout}: call .to_dense() on it first")
         if is_traceable_wrapper_subclass(tensor):

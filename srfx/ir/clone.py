@@ -31,9 +31,9 @@ def clone_structure(module: nn.Module, tensor_map: TensorMap | None = None) -> n
     """Clone a module tree; parameters, buffers and all other leaves are shared with the original.
 
     Every module of the tree becomes a new object with dictionaries of its own, so attributes may be set,
-    parameters replaced and hooks removed on the clone without the original noticing.  Aliasing is kept: a module
-    reachable under two names stays one object, and tied parameters stay one tensor.  Methods and modules stored
-    as attributes point into the clone.  fx.GraphModules inside the tree get a cloned graph.
+    parameters replaced and hooks removed on the clone without the original noticing.  Aliasing is kept: a
+    module reachable under two names stays one object, and tied parameters stay one tensor.  Methods and
+    modules stored as attributes point into the clone.  fx.GraphModules inside the tree get a cloned graph.
 
     ``copy.deepcopy`` would not do: it doubles the memory and raises on the non-leaf ``weight`` that
     torch.nn.utils.prune leaves behind after a forward pass with grad mode on.
@@ -107,7 +107,9 @@ class _Cloner:
         new.training = module.training
         copy_call_hooks(module, new)
         for name, child in new.named_modules():
-            if name and type(child) is nn.Module:  # made by GraphModule for a dotted path: flags as in the source
+            if (
+                name and type(child) is nn.Module
+            ):  # made by GraphModule for a dotted path: flags as in the source
                 child.training = _training_of(module, name)
         return new
 

@@ -26,7 +26,11 @@ def is_removable(node: fx.Node) -> bool:
         return is_torch and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     if node.op == "call_method":
         return True
-    return is_torch_function(node.target) and "assert" not in op_name(node) and not op_name(node).startswith("sym_c")
+    return (
+        is_torch_function(node.target)
+        and "assert" not in op_name(node)
+        and not op_name(node).startswith("sym_c")
+    )
 
 
 def remove_dead_nodes(gm: fx.GraphModule) -> bool:

@@ -51,6 +51,14 @@ class SizeOf:
     axis: int
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A constant tensor, kept in a buffer at ``path``."""
+
+    path: str
+    tensor: Tensor
+
+
 Expr = Any
 """int, bool, str, None, Ref, Item, Scaled, SizeOf, or a list or tuple of these."""
 
@@ -68,6 +76,8 @@ class GraphEditor:
         graph = self.gm.graph
         if isinstance(expr, (list, tuple)):
             return type(expr)(self.build(e, before) for e in expr)
+        if isinstance(expr, dict):
+            return {key: self.build(e, before) for key, e in expr.items()}
         if isinstance(expr, Ref):
             return self.nodes[expr.node]
         with graph.inserting_before(before):
@@ -75,6 +85,9 @@ class GraphEditor:
                 return graph.call_function(operator.getitem, (self.nodes[expr.node], expr.index))
             if isinstance(expr, SizeOf):
                 return graph.call_function(torch.ops.aten.sym_size.int, (self.nodes[expr.node], expr.axis))
+            if isinstance(expr, Stored):
+                set_attr(self.gm, expr.path, expr.tensor)
+                return graph.get_attr(expr.path)
             if isinstance(expr, Scaled):
                 size = self.build(expr.size, before)
                 product = graph.call_function(operator.mul, (size, expr.numerator))
@@ -207,6 +220,36 @@ class Retarget(GraphEdit):
         first = node.args[0] if node.args else next(iter(node.kwargs.values()))
         node.op, node.target = "call_function", self.target
         node.args, node.kwargs = (first, *self.rest), {}
+
+
+@dataclass(frozen=True)
+class Recall(GraphEdit):
+    """The call becomes a call of the function ``target`` with these arguments."""
+
+    target: Any
+    args: tuple[Expr, ...]
+    kwargs: dict[str, Expr]
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        args, kwargs = editor.build(self.args, node), editor.build(self.kwargs, node)
+        node.op, node.target, node.args, node.kwargs = "call_function", self.target, args, kwargs
+
+
+@dataclass(frozen=True)
+class ReplaceModule(GraphEdit):
+    """The called module becomes another one, which takes over the old one's ``tensors``."""
+
+    module: torch.nn.Module
+    tensors: tuple[str, ...]
+
+    def apply(self, editor: GraphEditor) -> None:
+        path = str(editor.nodes[self.node].target)
+        old = editor.gm.get_submodule(path)
+        for name in self.tensors:
+            setattr(self.module, name, getattr(old, name))
+        self.module.train(old.training)
+        set_attr(editor.gm, path, self.module)
 
 
 @dataclass(frozen=True)

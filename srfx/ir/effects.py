@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,9 +23,7 @@ INPLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
 
 _NORMS_WITH_STATE = ("batch_norm", "instance_norm", "_native_batch_norm_legit", "native_batch_norm")
 _RANDOM = frozenset(
-    "bernoulli dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d rand rand_like "
-    "randint randint_like randn randn_like randperm normal multinomial poisson rrelu gumbel_softmax stochastic_depth "
-    "fractional_max_pool2d fractional_max_pool3d empty empty_like empty_strided new_empty".split()
+    ["bernoulli", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "normal", "multinomial", "poisson", "rrelu", "gumbel_softmax", "stochastic_depth", "fractional_max_pool2d", "fractional_max_pool3d", "empty", "empty_like", "empty_strided", "new_empty"]
 )
 
 
@@ -62,8 +60,9 @@ def is_mutating(node: fx.Node) -> bool:
     """Whether a node may write to one of its operands (or to a buffer of the model).
 
     True for ATen ops whose schema says so, names with a trailing underscore, ``operator.iadd`` and the like,
-    ``operator.setitem``, ``out=``, ``inplace=True`` (argument of a function or attribute of a module), and batch norms
-    that update running statistics.  ``x += 1`` on an int is reported too: nothing here knows types.
+    ``operator.setitem``, ``out=``, ``inplace=True`` (argument of a function or attribute of a module), and
+    batch norms that update running statistics.  ``x += 1`` on an int is reported too: nothing here knows
+    types.
     """
     if updates_statistics(node):
         return True
@@ -102,7 +101,7 @@ def updates_statistics(node: fx.Node) -> bool:
 _INPLACE_METHODS = frozenset(f"__{fn.__name__.strip('_')}__" for fn in INPLACE_OPERATORS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _inplace_position(target: Any) -> int | None:
     """Where a function of torch.nn.functional takes ``inplace`` positionally."""
     if not callable(target) or getattr(F, getattr(target, "__name__", ""), None) is not target:
@@ -127,8 +126,17 @@ def _norm_updates(node: fx.Node, name: str) -> bool:
         "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training"),
         "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats"),
     }.get(name, ("input", "weight", "bias", "running_mean", "running_var", "training"))
-    if name in ("batch_norm", "instance_norm") and not getattr(node.target, "__module__", "").startswith("torch.nn"):
-        names = ("input", "weight", "bias", "running_mean", "running_var", names[-1])  # torch.* and aten order
+    if name in ("batch_norm", "instance_norm") and not getattr(node.target, "__module__", "").startswith(
+        "torch.nn"
+    ):
+        names = (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            names[-1],
+        )  # torch.* and aten order
     values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     is_training = values.get(names[-1], name == "instance_norm")
     return is_training is not False and values.get("running_mean") is not None

@@ -11,7 +11,9 @@ from torch import fx
 from srfx.ir.attrs import get_attr, set_attr
 
 
-def inline_graph(gm: fx.GraphModule, node: fx.Node, sub: fx.GraphModule, args: Sequence[Any], prefix: str) -> Any:
+def inline_graph(
+    gm: fx.GraphModule, node: fx.Node, sub: fx.GraphModule, args: Sequence[Any], prefix: str
+) -> Any:
     """Insert the nodes of ``sub`` before ``node``, with ``args`` for its placeholders.
 
     Args:

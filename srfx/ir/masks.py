@@ -1,9 +1,9 @@
 """Weights that are computed before each forward pass, found in a module tree and replaced by their values.
 
-Covers torch.nn.utils.prune (every method, containers), torch.nn.utils.parametrize (every parametrization; also the
-sparsifiers of torch.ao.pruning and the new weight_norm, spectral_norm, orthogonal), and the hooks of the old
-weight_norm and spectral_norm.  The tree is changed in place, so it has to be one the caller owns; tensors of the
-model it was cloned from are only read.
+Covers torch.nn.utils.prune (every method, containers), torch.nn.utils.parametrize (every parametrization;
+also the sparsifiers of torch.ao.pruning and the new weight_norm, spectral_norm, orthogonal), and the hooks of
+the old weight_norm and spectral_norm.  The tree is changed in place, so it has to be one the caller owns;
+tensors of the model it was cloned from are only read.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _Seen:
 def find_masks(root: nn.Module) -> Plan:
     """Every computed tensor of the tree that has one value, as edits in tree order; the others as refusals.
 
-    A weight of a MultiheadAttention's ``out_proj`` is read without calling it, so its hook never runs: what the
-    model computes with is the tensor the hook left there (``prune_stale``).
+    A weight of a MultiheadAttention's ``out_proj`` is read without calling it, so its hook never runs: what
+    the model computes with is the tensor the hook left there (``prune_stale``).
 
     Refuses: TRAINING_MODE when the value changes from call to call (spectral norm in training mode, noise).
     """
@@ -72,7 +72,9 @@ def find_masks(root: nn.Module) -> Plan:
         for hook in _weight_hooks(module):
             mechanism = _mechanism(hook)
             if mechanism == "spectral_norm" and module.training:
-                plan.refusals.append(Refusal(path, Reason.TRAINING_MODE, "spectral_norm iterates in training mode"))
+                plan.refusals.append(
+                    Refusal(path, Reason.TRAINING_MODE, "spectral_norm iterates in training mode")
+                )
                 continue
             tensor = _hook_name(hook)
             same_as = None
@@ -82,7 +84,9 @@ def find_masks(root: nn.Module) -> Plan:
                 orig, mask = getattr(module, tensor + "_orig"), getattr(module, tensor + "_mask")
                 same_as = seen.tied_to(orig, mask, f"{path}.{tensor}" if path else tensor)
             plan.edits.append(BakeMask(path, tensor, mechanism, same_as))
-    for path, module in reversed(list(root.named_modules())):  # a parametrization may hold parametrized modules
+    for path, module in reversed(
+        list(root.named_modules())
+    ):  # a parametrization may hold parametrized modules
         if not parametrize.is_parametrized(module):
             continue
         parametrized: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
@@ -90,7 +94,9 @@ def find_masks(root: nn.Module) -> Plan:
         if all(value is not None for value in values):
             plan.edits += [BakeMask(path, tensor, "parametrize") for tensor in parametrized]
         else:
-            plan.refusals.append(Refusal(path, Reason.TRAINING_MODE, "the parametrization changes at each call"))
+            plan.refusals.append(
+                Refusal(path, Reason.TRAINING_MODE, "the parametrization changes at each call")
+            )
     return plan
 
 
@@ -200,7 +206,9 @@ def _bake_parametrization(module: nn.Module, tensor: str) -> None:
     del parametrized[tensor]
     if not len(parametrized):
         del module._modules["parametrizations"]
-        _remove_load_hooks(module, lambda hook: getattr(hook, "__module__", "") == "torch.nn.utils.parametrizations")
+        _remove_load_hooks(
+            module, lambda hook: getattr(hook, "__module__", "") == "torch.nn.utils.parametrizations"
+        )
         # The class with the property is shared with the user's module: leave it alone, step back to its base.
         module.__class__ = module.__class__.__bases__[0]
     module.__dict__.setdefault("_srfx_baked", {})

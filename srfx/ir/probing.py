@@ -14,7 +14,33 @@ from srfx.ir.attrs import get_attr
 
 Guess = Callable[[], torch.Tensor]
 
-_SIDES = (224, 32, 28, 64, 96, 128, 299, 256, 16, 384, 112, 48, 160, 192, 240, 320, 512, 8, 14, 7, 288, 36, 331, 40, 80)
+_SIDES = (
+    224,
+    32,
+    28,
+    64,
+    96,
+    128,
+    299,
+    256,
+    16,
+    384,
+    112,
+    48,
+    160,
+    192,
+    240,
+    320,
+    512,
+    8,
+    14,
+    7,
+    288,
+    36,
+    331,
+    40,
+    80,
+)
 _LENGTHS = (128, 16, 64, 256, 1000, 1024, 16000, 32, 100, 512, 784, 8, 4000)
 _CLIPS = ((16, 112, 112), (8, 32, 32), (16, 64, 64), (8, 16, 16), (16, 224, 224), (4, 8, 8))
 _TOKENS = (16, 128, 32, 8, 64, 197, 512)
@@ -30,7 +56,8 @@ _CONV_DIM: dict[Any, int] = {
 def candidates(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Iterator[list[Any]]:
     """Input lists to try: all placeholders by their i-th guess, then (few inputs only) mixed guesses.
 
-    A guess is a function that makes a tensor (to be called under a fake tensor mode) or a plain default value.
+    A guess is a function that makes a tensor (to be called under a fake tensor mode) or a plain default
+    value.
     """
     device = next((p.device for p in [*gm.parameters(), *gm.buffers()]), torch.device("cpu"))
     dtype = next((p.dtype for p in gm.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -71,7 +98,9 @@ def _guesses(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, device: torc
     elif kind == "conv3":
         yield from (floats(2, n_channels, *clip) for clip in _CLIPS)
     elif kind == "norm":
-        yield from (floats(2, n_channels, *space) for space in [(), (224, 224), (32, 32), (128,), (8, 32, 32)])
+        yield from (
+            floats(2, n_channels, *space) for space in [(), (224, 224), (32, 32), (128,), (8, 32, 32)]
+        )
     else:
         yield from (floats(2, 3, side, side) for side in _SIDES[:3])
         yield from (floats(2, 1, side, side) for side in _SIDES[1:3])

@@ -17,11 +17,11 @@ aten = torch.ops.aten
 _METADATA_OPS = frozenset({"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"})
 _NO_TWIN = frozenset({"resize_", "resize_as_", "set_", "requires_grad_", "share_memory_", "apply_", "map_"})
 _RANDOM = frozenset(
-    "normal_ uniform_ bernoulli_ random_ exponential_ geometric_ cauchy_ log_normal_ rrelu_".split()
+    ["normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "rrelu_"]
 )
 _FILLS = frozenset({"copy_", "fill_", "zero_"})
 _COMPARISONS = frozenset(
-    "eq ne lt le gt ge not_equal less less_equal greater greater_equal logical_and logical_or logical_xor logical_not".split()
+    ["eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor", "logical_not"]
 )
 _INPLACE_METHODS = {f"__{i.__name__.strip('_')}__": twin for i, twin in INPLACE_OPERATORS.items()}
 
@@ -65,7 +65,9 @@ def replace_call(node: fx.Node) -> fx.Node:
     args, kwargs = tuple(node.args), dict(node.kwargs)
     with graph.inserting_before(node):
         if name in _FILLS:
-            return fill_like(graph, args[0], 0 if name == "zero_" else args[1] if len(args) > 1 else kwargs["value"])
+            return fill_like(
+                graph, args[0], 0 if name == "zero_" else args[1] if len(args) > 1 else kwargs["value"]
+            )
         if kwargs.pop("out", None) is not None:
             target = node.target
             if isinstance(target, torch._ops.OpOverload):
@@ -126,14 +128,18 @@ def has_same(a: fx.Node, b: fx.Node, what: str) -> bool:
         return False
     if what == "dtype":
         return x.dtype == y.dtype
-    return len(x.shape) == len(y.shape) and all(_is_equal(p, q) for p, q in zip(x.shape, y.shape, strict=True))
+    return len(x.shape) == len(y.shape) and all(
+        _is_equal(p, q) for p, q in zip(x.shape, y.shape, strict=True)
+    )
 
 
 def _is_equal(p: Any, q: Any) -> bool:
     return bool(str(p) == str(q))  # symbolic sizes must not be compared: that would add guards
 
 
-def may_change_dtype(node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None], kinds: dict[fx.Node, Kind]) -> bool:
+def may_change_dtype(
+    node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None], kinds: dict[fx.Node, Kind]
+) -> bool:
     """Whether the functional twin could return another dtype than the tensor that was written has."""
     name = op_name(node).strip("_")
     if name in _FILLS or name + "_" in _FILLS:
@@ -142,7 +148,15 @@ def may_change_dtype(node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None], k
         return True
     tensors = [source for source in node.all_input_nodes if kinds[source] is not Kind.SCALAR]
     known = {dtypes.get(source) for source in tensors}
-    if name in ("masked_fill", "index_put", "index_fill", "masked_scatter", "index_add", "index_copy", "scatter"):
+    if name in (
+        "masked_fill",
+        "index_put",
+        "index_fill",
+        "masked_scatter",
+        "index_add",
+        "index_copy",
+        "scatter",
+    ):
         return False
     if len(tensors) <= 1:
         is_complex = any(isinstance(a, complex) for a in node.args)
@@ -151,7 +165,9 @@ def may_change_dtype(node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None], k
     return len(known) != 1 or None in known
 
 
-# --- views -----------------------------------------------------------------------------------------------------------
+# --- views
+# ----------------------------------------------------------------------------------------------------------
+# -
 
 
 def split_getitem(graph: fx.Graph, source: fx.Node, index: Any) -> list[fx.Node]:
@@ -168,7 +184,7 @@ def split_getitem(graph: fx.Graph, source: fx.Node, index: Any) -> list[fx.Node]
         axis = -n_tail if tail else 0
         for item in tail:
             source, axis = _index_step(graph, source, axis, item, chain, is_from_end=True)
-    # From the front, after the tail: a select at the end does not move the axes in front of it.
+        # From the front, after the tail: a select at the end does not move the axes in front of it.
         head_axis = 0
         for item in items:
             source, head_axis = _index_step(graph, source, head_axis, item, chain)
@@ -201,12 +217,24 @@ def _index_step(
 def can_scatter(view: fx.Node) -> bool:
     """Whether :func:`scatter_back` knows this view."""
     name = op_name(view)
-    if name in ("slice", "select", "view", "view_as", "unsqueeze", "squeeze", "unflatten", "transpose", "swapaxes"):
+    if name in (
+        "slice",
+        "select",
+        "view",
+        "view_as",
+        "unsqueeze",
+        "squeeze",
+        "unflatten",
+        "transpose",
+        "swapaxes",
+    ):
         return not any(isinstance(arg, torch.dtype) for arg in view.args) and not view.kwargs
     if name in ("t", "alias", "T", "mT"):  # not detach: gradients of what was written would be cut off
         return view.op != "call_function" or view.target is not getattr
     if name == "permute":
-        dims = view.args[1] if len(view.args) == 2 and isinstance(view.args[1], (tuple, list)) else view.args[1:]
+        dims = (
+            view.args[1] if len(view.args) == 2 and isinstance(view.args[1], (tuple, list)) else view.args[1:]
+        )
         return all(isinstance(d, int) for d in dims)
     if view.target is operator.getitem:
         source = view.args[0]

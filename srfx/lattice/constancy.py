@@ -6,7 +6,7 @@ A fact is a pair of tensors with the rank of the value it describes; axes that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Affine:
+    """Channels along ``axis`` that vary, but only as a known combination of a norm's own statistics.
+
+    y[c] = coefficients[0, c] r + coefficients[1, c] (mu - shift) r + coefficients[2, c]   where ``mask``[c]
+
+    A linear reader can take r and (mu - shift) r in their place (theory: Lemma N3).  ``bordered``: zero padding
+    has been put around y since, so that its constant part is not a bias any more.
+    """
+
+    norm: Hashable
+    axis: int
+    mask: Tensor  # [C] bool
+    coefficients: Tensor  # [3, C] float64
+    bordered: bool = False
+
+
+EMITS = ("r", "mu_r", "one")
+"""Names of the rows of `Affine.coefficients`, in the order in which a norm appends them."""
+
+
+@dataclass(frozen=True)
 class Constancy:
-    """Which channels vary, and the value of those that do not (float64, or the parameter itself)."""
+    """Which channels vary, and the value of those that do not (float64, or the parameter itself).
+
+    ``affine`` refines some of the varying channels; whoever does not know it may ignore it.
+    """
 
     varies: Tensor
     value: Tensor
+    affine: Affine | None = None
 
     @classmethod
     def top(cls, rank: int) -> Constancy:
@@ -67,4 +92,5 @@ class Constancy:
                 varies = varies.any(axis, keepdim=True)
         if value.is_floating_point():
             varies = varies | ~torch.isfinite(value)
-        return Constancy(varies, torch.where(varies, 0, value))
+        affine = self.affine if self.affine is not None and self.affine.axis in keep else None
+        return Constancy(varies, torch.where(varies, 0, value), affine)

@@ -219,3 +219,19 @@ def pull_back(steps: Sequence[Step], out: Tensor, shape: Shape) -> Tensor:
     found = torch.zeros(math.prod(shape), dtype=torch.bool)
     found[hit[hit >= 0]] = True
     return found.view(shape)
+
+
+def follow(steps: Sequence[Step], axis: int) -> int | None:
+    """Where an axis goes if the steps leave it whole and in order; None if they split, merge or pick along it."""
+    for step in steps:
+        if isinstance(step, Permute):
+            axis = step.order.index(axis)
+        elif isinstance(step, Take):
+            if step.axis == axis:
+                return None
+        else:
+            alone = [outs for ins, outs in step.groups() if ins == (axis,) and len(outs) == 1]
+            if not alone:
+                return None
+            axis = alone[0][0]
+    return axis

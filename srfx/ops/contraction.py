@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit, SetArgument, SetTensor
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
-from srfx.lattice.constancy import Constancy
+from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.registry import op_rule
@@ -37,6 +37,7 @@ class Contraction(OpRule):
     """y = W x + b by channels; subclasses say how the weight is laid out and what a constant meets."""
 
     signature = ("input", "weight", "bias")
+    takes_statistics = True  # a norm's statistics may come in place of channels (there is a bias for the rest)
 
     # -------------------------------------------------------------- what a subclass says
     def groups(self, call: Call) -> int:
@@ -235,11 +236,57 @@ class Contraction(OpRule):
         if not self.is_private(call, facts):
             kept = self._by_group(call, facts.kept_channels(x))
             return read & (varies | (value != 0) | kept)
+        gone = self._combinable(call, facts, c)
         wanted = read & varies
+        if gone is not None:
+            absorbed = read & gone
+            wanted = wanted & ~gone
+            if bool(absorbed.any()):
+                wanted[..., list(facts.emitted.get(c.affine.norm, {}).values())] = True
         border = read & ~varies & (value != 0)
         if self.has_border(call) and bool(border.any()):
             wanted = wanted | (border if self.groups(call) > 1 else self._carrier(call, facts, border))
         return wanted
+
+    def _combinable(self, call: Call, facts: FactTable, c: Constancy) -> Tensor | None:
+        """Channels of a norm's output that this call takes as combinations of its statistics, [.., 1, C].
+
+        A channel that the norm keeps anyway is read as it is.
+        """
+        affine = c.affine
+        if affine is None or affine.axis != self.channel_axis(call) or self.groups(call) > 1 or affine.norm in facts.closed:
+            return None
+        kept = self._by_group(call, facts.kept_channels(self.x(call)))
+        return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
+
+    def statistics(self, call: Call, facts: FactTable) -> tuple[fx.Node, set[str], Tensor] | None:
+        """The norm, the statistics of it that this call needs, and the channels [C] that it then does not read."""
+        live = facts.live.get(call.node)
+        if self.refused(call) is not None or not isinstance(live, Tensor) or not self.is_private(call, facts):
+            return None
+        c = facts.constancy(self.x(call))
+        gone = self._combinable(call, facts, c)
+        if gone is None or c.affine is None:
+            return None
+        rows = self._rows_by_group(call, live).flatten(0, -2).any(0)
+        read = _any(rows.unsqueeze(0), self._reads(call, facts).transpose(1, 2)).flatten()
+        gone = gone.flatten(0, -2).any(0) & read
+        if not bool(gone.any()):
+            return None
+        columns = self._combine(call, gone, c.affine)
+        needed = {name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())}
+        if not (c.affine.bordered or self.has_border(call)):
+            needed.discard("one")
+        assert isinstance(c.affine.norm, fx.Node)
+        return c.affine.norm, needed, gone
+
+    def _combine(self, call: Call, gone: Tensor, affine: Affine) -> Tensor:
+        """sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        at = gone.nonzero().flatten()
+        part = self.matrix(call, w.tensor.detach())[0].index_select(1, at.to(w.tensor.device)).double().cpu()
+        return torch.einsum("rct,ec->ert", part, affine.coefficients[:, at])
 
     def _carrier(self, call: Call, facts: FactTable, border: Tensor) -> Tensor:
         """The one channel that carries the operand's constants; not chosen yet in the first phase."""
@@ -276,16 +323,34 @@ class Contraction(OpRule):
         reads = self._reads(call, facts)
         read = _any(rows, reads.transpose(1, 2))
         absorbed = torch.where(read & ~varies & ~wanted, value, 0.0)
+        gone = self._combinable(call, facts, c)
+        gone = (gone.flatten(0, -2).any(0) & read[0]) if gone is not None else torch.zeros(0, dtype=torch.bool)
         used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
         edits: list[GraphEdit] = []
-        weight = w.tensor.detach()
+        weight, shift = w.tensor.detach(), torch.zeros(rows.shape, dtype=torch.float64)
         carried = self.has_border(call) and bool((absorbed != 0).any())
-        if carried or bool((reads & ~used).any()):
+        if carried or bool((reads & ~used).any()) or bool(gone.any()):
             new = weight * self.unmatrix(call, used.to(weight), weight)
             if carried:
                 new = new + self._carry(call, facts, weight, absorbed[0], value[0], rows[0])
+            if bool(gone.any()):
+                shift = self._take_statistics(call, facts, new, gone, rows[0])
             edits.append(SetTensor(call.node.name, "weight", tuple(w.names), new))
-        return edits + self._fold_bias(call, facts, None if self.has_border(call) else absorbed, rows)
+        if not self.has_border(call):
+            shift = shift + self._fold_value(call, absorbed)
+        return edits + self._fold_bias(call, shift, rows)
+
+    def _take_statistics(self, call: Call, facts: FactTable, new: Tensor, gone: Tensor, rows: Tensor) -> Tensor:
+        """Write the statistics' columns into the new weight; returns what goes to the bias, [1, R]."""
+        affine = facts.constancy(self.x(call)).affine
+        assert affine is not None
+        columns = self._combine(call, gone, affine) * rows.view(1, -1, 1)
+        m, to_bias = self.matrix(call, new), not (affine.bordered or self.has_border(call))
+        for name, column in zip(EMITS, columns, strict=True):
+            at = facts.emitted.get(affine.norm, {}).get(name)
+            if at is not None:
+                m[0, :, at] = 0 if name == "one" and to_bias else column.to(new)
+        return columns[2].sum(-1).unsqueeze(0) if to_bias else torch.zeros(1, rows.numel(), dtype=torch.float64)
 
     def _carry(self, call: Call, facts: FactTable, weight: Tensor, absorbed: Tensor, value: Tensor, rows: Tensor) -> Tensor:
         """sum_c (k_c / k_0) W[:, c] at the carrier's column, zero elsewhere; computed in float64."""
@@ -298,10 +363,10 @@ class Contraction(OpRule):
         self.matrix(call, new)[0, :, carrier] = moved.to(weight.dtype)
         return new
 
-    def _fold_bias(self, call: Call, facts: FactTable, absorbed: Tensor | None, rows: Tensor) -> list[GraphEdit]:
+    def _fold_bias(self, call: Call, shift: Tensor, rows: Tensor) -> list[GraphEdit]:
+        """The bias edit for an addition ``shift`` [G, R]; rows that are not live get 0."""
         bias, w = call.value("bias"), self.w(call)
         assert isinstance(w, Param)
-        shift = torch.zeros(rows.shape, dtype=torch.float64) if absorbed is None else self._fold_value(call, absorbed)
         if bias is None:
             shift = torch.where(rows, shift, 0.0).flatten()
             if not bool((shift != 0).any()):
@@ -318,12 +383,24 @@ class Contraction(OpRule):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return [] if self.refused(call) is not None else list(self.resize(call, facts))
 
+    def module_widths(self, call: Call, facts: FactTable, *names: str) -> list[GraphEdit]:
+        """Edits of a module's width attributes (operand, result), where they change."""
+        return [SetArgument(call.node.name, name, width)
+                for name, width in zip(names, self.widths(call, facts), strict=True) if call.get(name) != width]
+
     def widths(self, call: Call, facts: FactTable) -> tuple[int, int]:
         """Channels that stay in the operand and in the result."""
         x, axis = self.x(call), self.channel_axis(call)
         fields = facts.fields(x)
         before = facts.count(fields, axis) if axis in fields else call.shape(x)[axis]
         return before, facts.count(facts.fields(call.node), axis)
+
+
+def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
+    marked = torch.zeros_like(like)
+    if positions:
+        marked[..., list(positions.values())] = True
+    return marked
 
 
 def _any(flags: Tensor, reads: Tensor) -> Tensor:
@@ -353,8 +430,7 @@ class Linear(Contraction):
     def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         if call.module is None:
             return []
-        before, after = self.widths(call, facts)
-        return [SetArgument(call.node.name, "in_features", before), SetArgument(call.node.name, "out_features", after)]
+        return self.module_widths(call, facts, "in_features", "out_features")
 
 
 @op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
@@ -466,8 +542,7 @@ class Convolution(Contraction):
         g = self.groups(call)
         edits: list[GraphEdit] = []
         if call.module is not None:
-            before, after = self.widths(call, facts)
-            edits += [SetArgument(call.node.name, "in_channels", before), SetArgument(call.node.name, "out_channels", after)]
+            edits += self.module_widths(call, facts, "in_channels", "out_channels")
         if g > 1:
             axis = self.channel_axis(call)
             stay = facts.is_kept(facts.fields(call.node)[axis]).reshape(g, -1).any(1)
@@ -549,6 +624,8 @@ class MatmulWithParameter(Linear):
 
     def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
         return m[0].t()
+
+    takes_statistics = False
 
     def is_private(self, call: Call, facts: FactTable) -> bool:
         """A product has no bias to fold a nonzero constant into."""

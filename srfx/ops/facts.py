@@ -6,7 +6,7 @@ rank of the value, size 1 on axes along which nothing differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,13 @@ class Labeller:
 
 @dataclass
 class FactTable:
-    """Fields, constancy, liveness and the kept set of a program, filled by the analyses in this order."""
+    """Fields, constancy, liveness and the kept set of a program, filled by the analyses in this order.
+
+    carriers: value -> the channel that carries all nonzero constants of this value into zero-padded readers.
+    emitted: norm node -> position at which each emitted statistic travels; {} when the norm emits nothing.
+    closed: norm nodes that lose no channel for want of places for their statistics.
+    ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
+    """
 
     program: Program
     labeller: Labeller
@@ -138,6 +144,11 @@ class FactTable:
     kept: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
     carriers: dict[Value, int] = field(default_factory=dict)
     cache: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    settled_once: bool = False
+    _layouts: dict[Value, Shape] = field(default_factory=dict)
+    emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
+    closed: set[Hashable] = field(default_factory=set)
+    ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
 
     # ------------------------------------------------------------------ facts of one value
@@ -160,7 +171,9 @@ class FactTable:
 
     def layout(self, value: Value) -> Shape:
         """Sizes of the value's layout tensors: full on axes along which some field differs, else 1."""
-        return layout_of(self.fields(value), len(self.program.shape(value)))
+        if value not in self._layouts:
+            self._layouts[value] = layout_of(self.fields(value), len(self.program.shape(value)))
+        return self._layouts[value]
 
     # ------------------------------------------------------------------ the kept set
     def is_kept(self, labels: Tensor) -> Tensor:
@@ -178,7 +191,9 @@ class FactTable:
         """Kept positions along an axis: [k], or per row of the outer axes (a layout tensor) where rows differ."""
         kept = self.is_kept(fields[axis])
         if kept.numel() == kept.shape[axis]:
-            return kept.flatten().nonzero().flatten()
+            found = kept.flatten().nonzero().flatten()
+            rank = self.ranks[self.classes.representative[fields[axis].flatten()[found]]]
+            return found[rank.argsort(stable=True)] if bool(rank.any()) else found
         count = int(kept.sum(axis).max())
         return torch.sort(~kept, dim=axis, stable=True).indices.narrow(axis, 0, count)
 
@@ -210,7 +225,7 @@ class FactTable:
 
 def layout_of(fields: Fields, rank: int) -> Shape:
     """Joint shape of all label tensors of a value."""
-    return tuple(torch.broadcast_shapes((1,) * rank, *(f.shape for f in fields.values())))
+    return tuple(max((f.shape[a] for f in fields.values()), default=1) for a in range(rank))
 
 
 def collapse(mask: Tensor, shape: Shape) -> Tensor:

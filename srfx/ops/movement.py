@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
-from srfx.lattice.constancy import Constancy
-from srfx.lattice.movement import Fields, Permute, Regroup, Step, Take, pull_back, walk
+from srfx.lattice.constancy import Affine, Constancy
+from srfx.lattice.movement import Fields, Permute, Regroup, Step, Take, follow, pull_back, walk
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
@@ -48,7 +49,21 @@ class Movement(OpRule):
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         before, steps = facts.constancy(self.source(call)), self.steps(call)
-        return Constancy(walk(steps, before.varies, False), walk(steps, before.value, self.fill(call)))
+        affine = self.carry_affine(call, before.affine)
+        return Constancy(walk(steps, before.varies, False), walk(steps, before.value, self.fill(call)), affine)
+
+    def carry_affine(self, call: Call, affine: Affine | None) -> Affine | None:
+        """The operand's affine channels, if their axis arrives whole; new positions elsewhere make a border."""
+        if affine is None:
+            return None
+        steps = self.steps(call)
+        axis = follow(steps, affine.axis)
+        if axis is None:
+            return None
+        fresh = any(isinstance(s, Take) and bool((s.source < 0).any()) for s in steps)
+        if fresh and self.fill(call) != 0:
+            return None
+        return replace(affine, axis=axis, bordered=affine.bordered or fresh)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)

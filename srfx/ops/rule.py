@@ -67,6 +67,10 @@ class OpRule:
                 demand[value] = everything(len(call.shape(value)))
         return demand
 
+    def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
+        """Labels that have to be kept beside the live ones, given the kept set so far (None: no more)."""
+        return None
+
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         """Operands that the rewritten call still takes; the others need not be computed."""
         return call.values()

@@ -61,10 +61,13 @@ def positions(facts: FactTable, fields: Fields, axis: int, source: Tensor, taken
     """
     kept = facts.is_kept(fields[axis]).movedim(axis, -1)
     kept = kept.reshape(-1, kept.shape[-1])
+    if kept.shape[0] == 1:
+        order = facts.index(fields, axis)
+        ranked = torch.zeros(kept.shape[1], dtype=torch.long).index_copy(0, order, torch.arange(order.numel()))
     chosen = taken.movedim(axis, -1)
     chosen = chosen.reshape(-1, chosen.shape[-1])
     row = int(kept.any(1).nonzero()[0]) if bool(kept.any()) else 0
-    rank = kept[row].cumsum(0) - 1
+    rank = ranked if kept.shape[0] == 1 else kept[row].cumsum(0) - 1
     wanted = source[chosen[min(row, chosen.shape[0] - 1)]]
     return torch.where(wanted < 0, wanted, rank[wanted.clamp(min=0)])
 
