@@ -79,6 +79,8 @@ def is_mutating(node: fx.Node) -> bool:
         return bool(target._schema.is_mutable)
     if target in INPLACE_OPERATORS or target is operator.setitem:
         return True
+    if getattr(target, "__module__", None) == "_operator":  # and_, or_, not_: the underscore avoids keywords
+        return False
     if node.op == "call_method" and (name == "__setitem__" or name in _INPLACE_METHODS):
         return True
     position = _inplace_position(target)
