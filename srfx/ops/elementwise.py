@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import Bypass, GraphEdit, ReplaceOperand
+from srfx.ir.edits import Bypass, GraphEdit, ReplaceOperand, SetArgument
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
@@ -67,10 +67,7 @@ class Elementwise(OpRule):
             return {}
         assert isinstance(live, Tensor)
         wanted = self.wanted(call, live, facts)
-        return {
-            v: collapse(self.refine(call, v, wanted, facts), _aligned(facts.layout(v), wanted)).reshape(_layout(facts, v, wanted))
-            for v in self.reads(call, facts)
-        }
+        return {v: collapse(self.refine(call, v, wanted, facts), facts.layout(v)) for v in self.reads(call, facts)}
 
     def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
         """Channels of the result that have to be right; a partial function has no harmless argument."""
@@ -173,6 +170,50 @@ class Fill(Elementwise):
         return self.operands(call)
 
 
+class PReLU(Elementwise):
+    """y[.., c, :] = max(x, 0) + w[c] min(x, 0); w [C] lies along axis 1, w [1] is shared (theory: Lemma E1)."""
+
+    signature = ("input", "weight")
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        x, w = self._operands(call)
+        rank, shape = len(call.out_shape), self._lifted(call)
+        found = labels.of(w)
+        weight = {1: f.view(shape) for f in found.values()} if max(shape) > 1 else {}
+        return labels.unify([(labels.of(x), call.shape(x)), (weight, shape)], rank, call.node.name)
+
+    def _operands(self, call: Call) -> tuple[Value, Value]:
+        x, w = call.value("input"), call.value("weight")
+        assert x is not None and w is not None
+        return x, w
+
+    def _lifted(self, call: Call) -> tuple[int, ...]:
+        """The shape of the weight beside the operand."""
+        n = call.shape(self._operands(call)[1])[0] if call.shape(self._operands(call)[1]) else 1
+        return tuple(n if a == 1 and n > 1 else 1 for a in range(len(call.out_shape)))
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        x, w = (facts.constancy(v) for v in self._operands(call))
+        shape, k = self._lifted(call), x.value.double()
+        slope = w.value.double().cpu().expand(call.shape(self._operands(call)[1])).reshape(shape)
+        return Constancy(x.varies | bool(w.varies.any()), torch.where(k > 0, k, slope * k))
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        x, w = self._operands(call)
+        wanted = live.movedim(1, -1) if max(self._lifted(call)) > 1 else live
+        return {x: live, w: collapse(wanted, facts.layout(w))}
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return self.operands(call)
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        w = self._operands(call)[1]
+        if call.module is None or not facts.changed(facts.fields(w), 0, call.shape(w)[0]):
+            return []
+        return [SetArgument(call.node.name, "num_parameters", facts.count(facts.fields(w), 0))]
+
+
 class Random(Elementwise):
     """Elementwise with random numbers: only a zero that stays zero is constant."""
 
@@ -188,6 +229,21 @@ class Random(Elementwise):
         if call.module is not None:
             return call.module.training and float(call.get("p", 0)) > 0
         return bool(call.get("training", call.get("train", True))) and float(call.get("p", 0.5)) > 0
+
+
+class RandomSlope(Random):
+    """rrelu: in training the slope of negative values is drawn, else it is the mean of its bounds."""
+
+    signature = ("input", "lower", "upper", "training")
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        if not self.is_active(call):
+            return Elementwise.forward(self, call, facts)
+        found = facts.constancy(self.operands(call)[0])
+        return Constancy(found.varies | (found.value < 0), found.value)
+
+    def is_active(self, call: Call) -> bool:
+        return call.module.training if call.module is not None else bool(call.get("training", False))
 
 
 def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,32 +272,30 @@ def _other(call: Call, operands: list[Value], operand: fx.Node) -> fx.Node | Non
     return rest[0] if same else None
 
 
-def _aligned(layout: tuple[int, ...], live: Tensor) -> tuple[int, ...]:
-    return (1,) * (live.dim() - len(layout)) + layout
-
-
-def _layout(facts: FactTable, value: Value, live: Tensor) -> tuple[int, ...]:
-    """Shape of the collapsed demand: sizes of ``live`` where both differ, without the new leading axes."""
-    layout = facts.layout(value)
-    sizes = tuple(live.shape)[live.dim() - len(layout) :]
-    return tuple(s if n != 1 else 1 for s, n in zip(sizes, layout, strict=True))
-
-
 # ------------------------------------------------------------------------------------------ the ops
 TOTAL = """
 abs relu relu6 elu selu celu gelu silu mish sigmoid tanh softplus softsign hardtanh hardswish hardsigmoid hardshrink
-softshrink tanhshrink threshold leaky_relu rrelu logsigmoid log_sigmoid sign sgn neg negative ceil floor round trunc fix frac
+softshrink tanhshrink threshold leaky_relu logsigmoid log_sigmoid sign sgn neg negative ceil floor round trunc fix frac
 clamp clamp_min clamp_max clip cos sin atan arctan erf erfc sinc asinh arcsinh square deg2rad rad2deg maximum minimum fmax fmin
 max min where eq ne lt le gt ge equal greater less greater_equal less_equal not_equal logical_and logical_or logical_not
 logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isposinf isneginf nan_to_num atan2 arctan2 hypot
 logaddexp logaddexp2 copysign heaviside lerp addcmul masked_fill rsub signbit __and__ __or__ __xor__ __invert__ i0
+special_expit expit special_erf special_erfc special_sinc special_round sinc erfcx special_erfcx angle gcd lcm
 bitwise_left_shift bitwise_right_shift
 """.split()
 
 PARTIAL = """
 log log2 log10 log1p sqrt rsqrt reciprocal div divide true_divide floor_divide pow float_power exp exp2 expm1 sinh cosh tan
 asin acos arcsin arccos acosh arccosh atanh arctanh lgamma digamma logit erfinv fmod remainder xlogy addcdiv mvlgamma polygamma
+nextafter igamma igammac ldexp
 """.split()
+
+SPECIAL = """
+airy_ai entr i0e i1 i1e bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 modified_bessel_k0
+modified_bessel_k1 scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0 log_ndtr ndtri ndtr zeta xlog1py
+gammaln gammainc gammaincc psi multigammaln exp2 expm1 log1p
+""".split()
+"""Names in torch.special; aten spells them with the prefix ``special_``."""
 
 MODULES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
@@ -293,6 +347,11 @@ def _register() -> None:
         op_rule(*spellings(name))(Elementwise)
     for name in PARTIAL:
         op_rule(*spellings(name))(Partial)
+    op_rule(nn.RReLU, *spellings("rrelu"))(RandomSlope)
+    op_rule(nn.PReLU, *spellings("prelu"))(PReLU)
+    op_rule(aten._prelu_kernel.default)(Elementwise)
+    for name in SPECIAL:
+        op_rule(*spellings(f"special_{name}"), *spellings(name))(Partial)
     op_rule(*MODULES, *OPERATORS["total"])(Elementwise)
     op_rule(*OPERATORS["partial"])(Partial)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from srfx.ir.call import Call
 from srfx.ir.edits import AffineAfter, GraphEdit
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
+from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
-from srfx.ops.elementwise import spellings
+from srfx.ops.elementwise import Elementwise, spellings
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.movement import _axis
 from srfx.ops.registry import op_rule
@@ -44,7 +44,7 @@ class Reduction(OpRule):
         return sorted(_axis(d, rank) for d in ([dim] if isinstance(dim, int) else dim)) if rank else []
 
     def is_tensor(self, call: Call) -> bool:
-        return isinstance(call.output, Tensor) and call.value("other") is None and not isinstance(call.get("dim"), Tensor)
+        return isinstance(call.output, Tensor)
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         source, dims = self.source(call), self.dims(call)
@@ -70,8 +70,6 @@ class Reduction(OpRule):
         return {left.index(a): f.squeeze(dims) for a, f in fields.items()}
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        if not self.is_tensor(call):
-            return super().forward(call, facts)
         source, dims = self.source(call), self.dims(call)
         c, shape = facts.constancy(source), call.shape(source)
         value = c.value.double().expand(torch.broadcast_shapes(c.value.shape, c.varies.shape))
@@ -84,14 +82,18 @@ class Reduction(OpRule):
             varies = varies.any(dims, keepdim=True)
         else:
             varies, value = torch.ones_like(uniform.varies), torch.zeros_like(uniform.value)
-        return Constancy(_fit(varies, call, dims), _fit(value, call, dims))
+        rank = (call.output if self.is_tensor(call) else call.output[0]).dim()
+        first = Constancy(_fit(varies, rank, dims), _fit(value, rank, dims))
+        if self.is_tensor(call):
+            return first
+        return (first, *(Constancy.top(o.dim()) for o in call.output[1:]))  # positions: not followed
 
     def _total(self, call: Call, value: Tensor, shape: tuple[int, ...], dims: list[int]) -> Tensor:
         return value
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if not isinstance(live, Tensor):
-            return super().backward(call, live, facts)
+            live = functools.reduce(torch.logical_or, [part for part in live if part is not None])
         source, dims = self.source(call), self.dims(call)
         rank = len(call.shape(source))
         if live.dim() != rank:
@@ -103,8 +105,8 @@ class Reduction(OpRule):
         return live
 
 
-def _fit(t: Tensor, call: Call, dims: list[int]) -> Tensor:
-    return t.squeeze(dims) if t.dim() != call.output.dim() else t
+def _fit(t: Tensor, rank: int, dims: list[int]) -> Tensor:
+    return t.squeeze(dims) if t.dim() != rank else t
 
 
 class SumOver(Reduction):
@@ -171,6 +173,30 @@ class Extremum(Reduction):
     """amax, amin, median and kin: a constant channel yields its constant."""
 
     keeps_constants = True
+
+
+class MaxMin(Extremum):
+    """max and min: of one tensor a reduction, of two an elementwise op (torch gives both one name)."""
+
+    pairwise = Elementwise()
+
+    def is_pair(self, call: Call) -> bool:
+        return len([v for v in call.values() if isinstance(v, Param) or call.program.is_tensor(v)]) > 1
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        return self.pairwise.label(call, labels) if self.is_pair(call) else super().label(call, labels)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        return self.pairwise.forward(call, facts) if self.is_pair(call) else super().forward(call, facts)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        return self.pairwise.backward(call, live, facts) if self.is_pair(call) else super().backward(call, live, facts)
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return self.pairwise.reads(call, facts) if self.is_pair(call) else super().reads(call, facts)
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return self.pairwise.compact(call, facts) if self.is_pair(call) else super().compact(call, facts)
 
 
 class AlongOne(OpRule):
@@ -260,7 +286,7 @@ def _register() -> None:
     for name in ("prod", "var", "std", "var_mean", "std_mean", "logsumexp", "argmax", "argmin", "all", "any",
                  "count_nonzero", "nansum"):  # fmt: skip
         op_rule(*spellings(name))(Reduction)
-    op_rule(torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)(Reduction)
+    op_rule(torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)(MaxMin)
     op_rule(*spellings("linalg_vector_norm"), *spellings("norm"), signature=("input", "p", "dim", "keepdim"))(Reduction)
     for name in ("softmax", "log_softmax", "softmin", "_softmax", "_log_softmax"):
         op_rule(*spellings(name))(AlongOne)
