@@ -11,7 +11,6 @@ M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is s
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -634,6 +633,3 @@ class MatmulWithParameter(Linear):
 
     def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return []
-
-
-op_rule(torch.mm, "mm", torch.matmul, "matmul", operator.matmul, aten.mm.default, aten.matmul.default)(MatmulWithParameter)

@@ -347,6 +347,13 @@ class Narrow(AlongAxis):
             labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [self.selection(call).axis])
         return super().label(call, labels)
 
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        if not self.dynamic(call, facts.labeller):
+            return super().forward(call, facts)
+        axis = self.selection(call).axis  # any part may be taken: constant only where the whole axis is
+        c = facts.constancy(self.source(call))
+        return c.settle(set(range(len(call.out_shape))) - {axis})
+
     def selection(self, call: Call) -> Take:
         shape = call.shape(self.source(call))
         axis = _axis(call.get("dim", 0), len(shape))

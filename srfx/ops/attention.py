@@ -1,0 +1,227 @@
+"""Products of two computed values: matmul, and scaled dot product attention (theory: Lemmas A1 to A5).
+
+Lanes are the channels of the head axis D.  Softmax is shift invariant, so a key lane that is constant over all keys
+adds the same number to every score of a query and is not needed, nor is the query lane it meets.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields, Shape
+from srfx.ops.contraction import MatmulWithParameter
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+from srfx.ops.sizes import set_argument
+
+aten = torch.ops.aten
+
+
+class Product(OpRule):
+    """y[.., m, n] = sum_c a[.., m, c] b[.., c, n], both computed (or a stack of parameters); batch axes broadcast."""
+
+    signature = ("input", "other")
+
+    def operands(self, call: Call) -> tuple[Value, Value]:
+        a, b = call.value("input"), call.value("other")
+        assert a is not None and b is not None
+        return a, b
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        a, b = self.operands(call)
+        sa, sb = call.shape(a), call.shape(b)
+        if min(len(sa), len(sb)) < 2:
+            return super().label(call, labels)
+        rank, site = len(call.out_shape), call.node.name
+        left, right = _lift(labels.of(a), sa, rank), _turned(_lift(labels.of(b), sb, rank))
+        wide_a, wide_b = (1,) * (rank - len(sa)) + sa, (1,) * (rank - len(sb)) + sb
+        batch = labels.unify(
+            [(_narrowed(left, [rank - 2], labels), (*wide_a[:-2], 1, wide_a[-1])),
+             (_narrowed(right, [rank - 2], labels), (*wide_b[:-2], 1, wide_b[-2]))], rank, site)  # fmt: skip
+        found = {axis: f for axis, f in batch.items() if axis < rank - 2}
+        found = {axis: f for axis, f in _narrowed(found, [rank - 1], labels).items()}
+        rows = _narrowed(left, [rank - 1], labels).get(rank - 2)
+        columns = _narrowed(_turned(right), [rank - 2], labels).get(rank - 1)
+        if rows is not None:
+            found[rank - 2] = rows
+        if columns is not None:
+            found[rank - 1] = columns
+        return found
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        a, b = self.operands(call)
+        if min(len(call.shape(a)), len(call.shape(b))) < 2:
+            return super().forward(call, facts)
+        terms = self._meets(_may_be_nonzero(facts, a), _may_be_nonzero(facts, b))
+        return Constancy(terms, torch.zeros(terms.shape, dtype=torch.float64))
+
+    def _meets(self, a: Tensor, b: Tensor) -> Tensor:
+        """Where some term of the sum can differ from 0."""
+        n = max(a.shape[-1], b.shape[-2])
+        return (a.expand(*a.shape[:-1], n).float() @ b.expand(*b.shape[:-2], n, b.shape[-1]).float()) > 0
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        a, b = self.operands(call)
+        if min(len(call.shape(a)), len(call.shape(b))) < 2 or not isinstance(live, Tensor):
+            return super().backward(call, live, facts)
+        na, nb = _may_be_nonzero(facts, a), _may_be_nonzero(facts, b)
+        kept_a, kept_b = facts.kept_channels(a), facts.kept_channels(b)
+        # a term is needed where both factors can be nonzero; a zero factor must be 0 where its channel stays
+        used_a, used_b = live.any(-1, keepdim=True), live.any(-2, keepdim=True)
+        wanted_a = self._meets(live, nb.transpose(-2, -1)) & na | used_a & ~na & kept_a
+        wanted_b = self._meets(na.transpose(-2, -1), live) & nb | used_b & ~nb & kept_b
+        demand: Demand = {}
+        for value, wanted in ((a, wanted_a), (b, wanted_b)):
+            found = collapse(wanted, facts.layout(value))
+            demand[value] = demand[value] | found if value in demand else found
+        return demand
+
+
+def _may_be_nonzero(facts: FactTable, value: Value) -> Tensor:
+    c = facts.constancy(value)
+    return (c.varies | (c.value != 0)).cpu()
+
+
+def _lift(fields: Fields, shape: Shape, rank: int) -> Fields:
+    shift = rank - len(shape)
+    return {a + shift: f.view((1,) * shift + tuple(f.shape)) for a, f in fields.items()}
+
+
+def _turned(fields: Fields) -> Fields:
+    """The fields of the matrix transpose."""
+    if not fields:
+        return {}
+    rank = next(iter(fields.values())).dim()
+    swap = {rank - 1: rank - 2, rank - 2: rank - 1}
+    return {swap.get(a, a): f.transpose(-2, -1) for a, f in fields.items()}
+
+
+def _narrowed(fields: Fields, axes: list[int], labels: Labeller) -> Fields:
+    """Fields without these axes; labels that differ along them have to agree."""
+    found = {}
+    for a, f in fields.items():
+        if a in axes:
+            continue
+        for d in axes:
+            if f.shape[d] > 1:
+                labels.table.tie(f, f.narrow(d, 0, 1))
+                f = f.narrow(d, 0, 1)
+        found[a] = f
+    return found
+
+
+@op_rule((torch.mm, "input other"), ("mm", "input other"), (torch.matmul, "input other"), ("matmul", "input other"),
+         (operator.matmul, "input other"), aten.mm.default, aten.matmul.default, (torch.bmm, "input other"),
+         ("bmm", "input other"), aten.bmm.default)  # fmt: skip
+class Matmul(Product):
+    """matmul, mm, bmm: with a parameter of two axes on the right it is a linear layer, else a product of values."""
+
+    linear = MatmulWithParameter()
+
+    def rule(self, call: Call) -> OpRule:
+        call.bound.setdefault("weight", call.bound.get("other"))
+        return super() if self.linear.refused(call) is not None else self.linear  # type: ignore[return-value]
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        return self.rule(call).label(call, labels)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        return self.rule(call).forward(call, facts)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        return self.rule(call).backward(call, live, facts)
+
+    def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return self.rule(call).fold(call, facts)
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return self.rule(call).compact(call, facts)
+
+
+@op_rule(F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+class Attention(OpRule):
+    """y = softmax(q k^T scale + mask) v.  q [.., Tq, D], k [.., Tk, D], v [.., Tk, Dv] -> y [.., Tq, Dv]."""
+
+    signature = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+    def operands(self, call: Call) -> tuple[Value, Value, Value]:
+        q, k, v = (call.value(name) for name in ("query", "key", "value"))
+        assert q is not None and k is not None and v is not None
+        return q, k, v
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        if call.get("enable_gqa"):
+            return super().label(call, labels)
+        q, k, v = self.operands(call)
+        rank, site = len(call.out_shape), call.node.name
+        mask = call.value("attn_mask")
+        for value in (q, k, v):  # token axes carry no channels
+            shift = rank - len(call.shape(value))
+            labels.pin(value, site, Reason.UNTRACKED_AXIS, [rank - 2 - shift])
+        lanes = [self._operand(call, labels, x, rank, keep_lanes=True) for x in (q, k)]
+        heads = [self._operand(call, labels, x, rank, keep_lanes=False) for x in (q, k, v)]
+        if mask is not None:
+            shift = rank - len(call.shape(mask))
+            labels.pin(mask, site, Reason.UNTRACKED_AXIS, [rank - 2 - shift, rank - 1 - shift])
+            heads.append(self._operand(call, labels, mask, rank, keep_lanes=False))
+        labels.unify(lanes, rank, site)
+        found = labels.unify(heads, rank, site)
+        values, shape = self._operand(call, labels, v, rank, keep_lanes=True)
+        if rank - 1 in values:
+            found[rank - 1] = values[rank - 1]
+        return found
+
+    def _operand(self, call: Call, labels: Labeller, value: Value, rank: int, keep_lanes: bool) -> tuple[Fields, Shape]:
+        shape = call.shape(value)
+        fields = _lift(labels.of(value), shape, rank)
+        wide = (1,) * (rank - len(shape)) + shape
+        if keep_lanes:
+            return _narrowed(fields, [rank - 2], labels), (*wide[:-2], 1, wide[-1])
+        return _narrowed(fields, [rank - 2, rank - 1], labels), (*wide[:-2], 1, 1)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        if call.get("enable_gqa"):
+            return super().forward(call, facts)
+        c = facts.constancy(self.operands(call)[2])
+        varies, value = c.varies.cpu(), c.value.double().cpu()
+        certain = call.value("attn_mask") is None and not call.get("dropout_p", 0.0)
+        return Constancy(varies if certain else varies | (value != 0), value)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if call.get("enable_gqa") or not isinstance(live, Tensor):
+            return super().backward(call, live, facts)
+        q, k, v = self.operands(call)
+        cq, ck = facts.constancy(q), facts.constancy(k)
+        head = live.any(-1, keepdim=True).any(-2, keepdim=True)
+        idle_q, idle_k = cq.is_constant(0).cpu(), ~ck.varies.cpu()
+        needed = head & ~idle_q & ~idle_k
+        kept_q, kept_k = facts.kept_channels(q), facts.kept_channels(k)
+        demand: Demand = {}
+        wanted = {q: needed | head & kept_q & idle_q & ~idle_k, k: needed | head & kept_k & idle_k}
+        for value, part in ((q, wanted[q]), (k, wanted[k]), (v, live)):
+            found = collapse(part, facts.layout(value))
+            demand[value] = demand[value] | found if value in demand else found
+        mask = call.value("attn_mask")
+        if mask is not None:
+            demand[mask] = collapse(head.expand(*head.shape[:-2], 1, 1), facts.layout(mask))
+        return demand
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if call.get("enable_gqa") or call.get("scale") is not None:
+            return []
+        q, shape = self.operands(call)[0], call.shape(self.operands(call)[0])
+        if not facts.changed(facts.fields(q), len(shape) - 1, shape[-1]):
+            return []
+        return [set_argument(call, "scale", 1.0 / math.sqrt(shape[-1]))]
