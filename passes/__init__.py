@@ -1,9 +1,9 @@
-"""Rewrite passes.  Import them as ``srfx.passes``: a second copy under another name would register them twice."""
+"""Rewrite passes.  Import them as ``srfx.passes``: a second copy under another name would register twice."""
 
 if __name__ != "srfx.passes":
     raise ImportError(f"this package is srfx.passes, not {__name__!r}: use `import srfx.passes`")
 
-from srfx.passes import bake_masks, compact_channels, drop_noops, fold_parameter_math, functionalize
+from srfx.passes import bake_masks, compact_channels, drop_noops, fold_parameter_math, functionalize  # noqa: F401
 from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
 from srfx.passes.pipeline import Pipeline, PipelineResult
 

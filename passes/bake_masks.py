@@ -17,9 +17,9 @@ from srfx.passes.base import Pass, register_pass
 class BakeMasks(Pass):
     """Bake pruning masks, parametrizations, weight norm and spectral norm of the modules a graph calls.
 
-    Masks that appear in the graph itself (exported models, custom modules) are ``fold-parameter-math``'s.  Hooks
-    that do anything else stay where they are.  The effective weight is computed from its sources, never from the
-    ``weight`` attribute a hook left behind, which is stale after an optimizer step; the exception is
+    Masks that appear in the graph itself (exported models, custom modules) are ``fold-parameter-math``'s.
+    Hooks that do anything else stay where they are.  The effective weight is computed from its sources, never
+    from the ``weight`` attribute a hook left behind, which is stale after an optimizer step; the exception is
     MultiheadAttention's ``out_proj``, which really computes with the stale one.
 
     Refuses: TRAINING_MODE, when the value changes from call to call.

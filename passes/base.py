@@ -22,7 +22,7 @@ class PassResult(NamedTuple):
     refusals: tuple[Refusal, ...] = ()
 
 
-class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
+class Pass(PassBase):
     """Base of all passes.  A subclass states ``plan`` and ``apply``; checks and bookkeeping happen here.
 
     ``__call__`` runs requires(input), plan, apply for each edit, lint and recompile, ensures(output), in this
@@ -41,7 +41,7 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
 
     name: ClassVar[str] = ""
     recompiles: bool = True
-    """A pipeline sets it to False and recompiles once, after its last pass; ``ensures`` then sees the graph only."""
+    """A pipeline sets it to False and recompiles once at its end; ``ensures`` then has the graph only."""
 
     @abstractmethod
     def plan(self, gm: fx.GraphModule) -> Plan:
@@ -65,7 +65,7 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Raise AssertionError when the result is wrong.  The default checks nothing."""
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule) -> PassResult:  # type: ignore[override]  # read by name
         """Plan and apply, without ``requires`` and ``ensures``."""
         plan = self.plan(graph_module)
         for edit in plan.edits:
@@ -77,7 +77,7 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx.passes is untyped
                 graph_module.recompile()
         return PassResult(graph_module, bool(plan.edits), tuple(plan.edits), tuple(plan.refusals))
 
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:  # type: ignore[override]
         """Run the pass on a graph module that the caller owns; see the class.
 
         Raises:
@@ -105,7 +105,9 @@ def register_pass(name: str) -> Callable[[_P], _P]:
     def enter(cls: _P) -> _P:
         taken = PASSES.get(name)
         if taken is not None:
-            raise AssertionError(f"pass {name!r} is {taken.__qualname__}; {cls.__qualname__} needs another name")
+            raise AssertionError(
+                f"pass {name!r} is {taken.__qualname__}; {cls.__qualname__} needs another name"
+            )
         cls.name = name
         PASSES[name] = cls
         return cls

@@ -55,11 +55,11 @@ class DropNoop(Edit):
 
 @register_pass("drop-noops")
 class DropNoops(Pass):
-    """Drop what is a no-op for good: dropout with ``training=False`` baked in, Identity, alias, full slices, asserts.
+    """Drop what is a no-op for good: baked dropout, Identity, alias, full slices, asserts.
 
-    Kept, since they live on: ``nn.Dropout`` modules (``.train()`` switches them on again), ``detach`` where a gradient
-    could arrive, ``contiguous``, ``clone`` and casts.  Asserts go when they look at nothing but shapes, dtypes and
-    devices; those were true when the model was traced or will fail in the ops themselves.
+    Kept, since they live on: ``nn.Dropout`` modules (``.train()`` switches them on again), ``detach`` where a
+    gradient could arrive, ``contiguous``, ``clone`` and casts.  Asserts go when they look at nothing but
+    shapes, dtypes and devices; those were true when the model was traced or will fail in the ops themselves.
 
     Refuses: MUTATION when the storage is written in place; OPAQUE_HOOK when the module has hooks.
     """
@@ -133,7 +133,7 @@ def _is_baked_dropout(node: fx.Node) -> bool:
 
 
 def _stochastic_depth() -> Callable[..., Any] | None:
-    """torchvision's function, if torchvision is loaded at all (then fx may have wrapped it into the graph)."""
+    """The function of torchvision, if that is loaded at all (fx wraps it into graphs)."""
     module = sys.modules.get("torchvision.ops.stochastic_depth")
     return getattr(module, "stochastic_depth", None)
 
@@ -143,7 +143,9 @@ def _argument(node: fx.Node, name: str, position: int, default: Any) -> Any:
 
 
 def _is_full_slice(node: fx.Node) -> bool:
-    start, end, step = (_argument(node, n, i, d) for n, i, d in (("start", 2, None), ("end", 3, None), ("step", 4, 1)))
+    start, end, step = (
+        _argument(node, n, i, d) for n, i, d in (("start", 2, None), ("end", 3, None), ("step", 4, 1))
+    )
     return start in (None, 0) and (end is None or end == _MAX_INT) and step == 1
 
 
@@ -172,7 +174,9 @@ def _reads_only_shapes(condition: Any) -> bool:
         if node.op == "call_method" and node.target in _SHAPE_METHODS:
             continue
         module = getattr(node.target, "__module__", "")
-        if node.op != "call_function" or (module not in ("_operator", "math", "builtins") and not _is_symbolic(node)):
+        if node.op != "call_function" or (
+            module not in ("_operator", "math", "builtins") and not _is_symbolic(node)
+        ):
             return False
         fresh = [source for source in node.all_input_nodes if source not in seen]
         seen.update(fresh)
@@ -194,5 +198,7 @@ def _may_carry_gradients(gm: fx.GraphModule) -> dict[fx.Node, bool]:
         elif node.op == "get_attr":
             carries[node] = bool(getattr(get_attr(gm, str(node.target)), "requires_grad", False))
         else:
-            carries[node] = node.op in ("placeholder", "call_module") or any(carries[s] for s in node.all_input_nodes)
+            carries[node] = node.op in ("placeholder", "call_module") or any(
+                carries[s] for s in node.all_input_nodes
+            )
     return carries

@@ -1,4 +1,4 @@
-"""Evaluate arithmetic on parameters once: masks times weights, weight norm, standardised weights, rotary tables.
+"""Evaluate arithmetic on parameters once: masks times weights, weight norm, standardised weights, tables.
 
 Before: y = conv(x, weight_orig * weight_mask)      After: y = conv(x, weight)
 """
@@ -18,15 +18,21 @@ from srfx.ir.effects import is_mutating, is_random, is_torch_function, op_name
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.passes.base import Pass, register_pass
 
-# Ops that only move numbers about.  They stay in the graph, where labels follow them and tied weights stay tied.
+# Ops that only move numbers about.  They stay in the graph, where labels follow them and tied weights stay
+# tied.
 _MOVEMENT = frozenset(
-    "view reshape view_as reshape_as permute transpose t T mT adjoint swapaxes swapdims movedim moveaxis flatten "
-    "unflatten squeeze unsqueeze expand expand_as broadcast_to slice select narrow index index_select getitem split "
-    "split_with_sizes chunk tensor_split unbind contiguous clone detach alias to float half double bfloat16 type type_as "
-    "_to_copy cat concat concatenate stack roll flip lift_fresh_copy embedding gather take repeat tile "
-    "repeat_interleave getattr data".split()
-)
-# Movement that takes a shape or dtype from another tensor: it would keep that tensor alive, so it is folded too.
+    [
+        "view", "reshape", "view_as", "reshape_as", "permute", "transpose", "t", "T", "mT", "adjoint",
+        "swapaxes", "swapdims", "movedim", "moveaxis", "flatten", "unflatten", "squeeze", "unsqueeze",
+        "expand", "expand_as", "broadcast_to", "slice", "select", "narrow", "index", "index_select",
+        "getitem", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "contiguous", "clone",
+        "detach", "alias", "to", "float", "half", "double", "bfloat16", "type", "type_as", "_to_copy",
+        "cat", "concat", "concatenate", "stack", "roll", "flip", "lift_fresh_copy", "embedding", "gather",
+        "take", "repeat", "tile", "repeat_interleave", "getattr", "data",
+    ]
+)  # fmt: skip
+# Movement that takes a shape or dtype from another tensor: it would keep that tensor alive, so it is folded
+# too.
 _LIKE_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
 _SMALL = 1 << 16
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -46,13 +52,14 @@ class FoldParameters(Edit):
 class FoldParameterMath(Pass):
     """Fold every maximal sub-graph that reads only parameters, buffers and constants and contains arithmetic.
 
-    It is evaluated in float64 and rounded once to the dtype the model computes in; where the model's own arithmetic
-    gives inf or nan, its own result is taken.  Pure movement (transpose, view, slice, cast ...) is not folded,
-    before, after or without arithmetic, except when it feeds it.  The result becomes a Parameter if a Parameter
-    went in (trainable if one of them was), else a buffer, named after its source when there is one name for it.
+    It is evaluated in float64 and rounded once to the dtype the model computes in; where the model's own
+    arithmetic gives inf or nan, its own result is taken.  Pure movement (transpose, view, slice, cast ...) is
+    not folded, before, after or without arithmetic, except when it feeds it.  The result becomes a Parameter
+    if a Parameter went in (trainable if one of them was), else a buffer, named after its source when there is
+    one name for it.
 
-    Refuses: GROWS when the result is larger than what it makes unnecessary (and than 65536 elements); MUTATION
-    when a source is written in the graph.
+    Refuses: GROWS when the result is larger than what it makes unnecessary (and than 65536 elements);
+    MUTATION when a source is written in the graph.
     Cost: two evaluations of the folded sub-graphs.
     """
 
@@ -205,14 +212,16 @@ class _Planner:
             rounded = precise.to(native.dtype)
             if torch.equal(rounded.isfinite(), native.isfinite()):
                 value = torch.where(native.isfinite(), rounded, native)
-        parameters = [s for s in self.sources[node] if isinstance(get_attr(self.gm, str(s.target)), nn.Parameter)]
+        parameters = [
+            s for s in self.sources[node] if isinstance(get_attr(self.gm, str(s.target)), nn.Parameter)
+        ]
         needs_grad = any(get_attr(self.gm, str(s.target)).requires_grad for s in parameters)
         path = self.path_for(node, parameters, taken)
         taken.add(path)
         return FoldParameters(node.name, path, value.contiguous().clone(), needs_grad, bool(parameters))
 
     def path_for(self, node: fx.Node, parameters: list[fx.Node], taken: set[str]) -> str:
-        """``conv.weight`` for weight_orig * weight_mask, also for original0 and original1 of a weight norm."""
+        """``conv.weight`` for weight_orig * weight_mask and for a weight norm's original0 and original1."""
         names = {_plain_name(str(s.target)) for s in parameters}
         if len(names) == 1:
             path = names.pop()
@@ -256,7 +265,9 @@ def _written_attributes(gm: fx.GraphModule) -> set[str]:
             if current.op == "get_attr":
                 written.add(str(current.target))
             elif op_name(current) in _MOVEMENT or current in node.all_input_nodes:
-                fresh = [s for s in current.all_input_nodes if s not in seen and op_name(current) in _MOVEMENT]
+                fresh = [
+                    s for s in current.all_input_nodes if s not in seen and op_name(current) in _MOVEMENT
+                ]
                 seen.update(fresh)
                 stack += fresh
     return written

@@ -56,16 +56,16 @@ class Functionalize(Edit):
 
 @register_pass("functionalize")
 class FunctionalizePass(Pass):
-    """Make in-place ops functional: ATen ``add_``, methods, ``+=``, ``inplace=True``, ``out=``, ``x[i] = y``, copy_ ...
+    """Make in-place ops functional: ``add_``, ``+=``, ``inplace=True``, ``out=``, ``x[i] = y`` ...
 
-    A write through a view (slice, select, transpose, view ...) becomes a scatter into its base; other views of the
-    base that are read later are taken anew.  Storage is followed by alias classes, so a later reader under any
-    name gets what the in-place program would give it.  A pass over a graph with several writes to one storage
-    resolves them in program order, over several rounds.
+    A write through a view (slice, select, transpose, view ...) becomes a scatter into its base; other views
+    of the base that are read later are taken anew.  Storage is followed by alias classes, so a later reader
+    under any name gets what the in-place program would give it.  A pass over a graph with several writes to
+    one storage resolves them in program order, over several rounds.
 
-    Refuses: MUTATION when the storage may be a graph input's or a parameter's (the write is observable), when a
-    later reader may or may not share it (reshape, contiguous), when the view has no inverse here (expand, chunk),
-    and when the op has no functional twin (random fills, resize_).
+    Refuses: MUTATION when the storage may be a graph input's or a parameter's (the write is observable), when
+    a later reader may or may not share it (reshape, contiguous), when the view has no inverse here (expand,
+    chunk), and when the op has no functional twin (random fills, resize_).
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,9 @@ class _Planner:
         casts = may_change_dtype(node, self.dtypes, self.classes.kinds)
         names = tuple(n.name for n in chain)
         is_written_again = any(position[w] > now and written_operand(w) in members for w in self.writers)
-        return Functionalize(node.name, written.name, names, tuple(n.name for n in stale), casts, is_written_again)
+        return Functionalize(
+            node.name, written.name, names, tuple(n.name for n in stale), casts, is_written_again
+        )
 
     def shared_chain(self, written: fx.Node, stale: list[fx.Node]) -> list[fx.Node]:
         """The views from the last node that ``written`` and all of ``stale`` come from, to ``written``."""
@@ -168,7 +170,10 @@ class _Planner:
         for member in stale:
             other = self.classes.chain(member)
             pairs = zip(chain, other, strict=False)
-            n_shared = min(n_shared, next((i for i, (a, b) in enumerate(pairs) if a is not b), min(len(chain), len(other))))
+            n_shared = min(
+                n_shared,
+                next((i for i, (a, b) in enumerate(pairs) if a is not b), min(len(chain), len(other))),
+            )
             if not n_shared:
                 raise _Refused(f"{member.name}, read later, may or may not share storage with {written.name}")
         return chain[n_shared - 1 :]
@@ -205,11 +210,9 @@ def _is_setitem(node: fx.Node) -> bool:
 
 
 def _share_modules(gm: fx.GraphModule, writers: list[fx.Node], plan: Plan) -> None:
-    """A module is switched only when all its calls go functional in this round; else each call gets a copy."""
+    """A module is switched only when all its calls go functional in this round; else each gets a copy."""
     planned = {edit.node for edit in plan.edits}
-    partly = {
-        get_attr(gm, str(n.target)) for n in writers if n.op == "call_module" and n.name not in planned
-    }
+    partly = {get_attr(gm, str(n.target)) for n in writers if n.op == "call_module" and n.name not in planned}
     by_name = {n.name: n for n in writers if n.op == "call_module"}
     for i, edit in enumerate(plan.edits):
         node = by_name.get(edit.node)
@@ -286,9 +289,13 @@ class _Redirection:
 
     def run(self, edit: Functionalize, nodes: dict[str, fx.Node]) -> None:
         chain = [nodes[name] for name in edit.chain]
-        position = {n: i for i, n in enumerate(self.graph.nodes)}  # edits before this one may have added nodes
+        position = {
+            n: i for i, n in enumerate(self.graph.nodes)
+        }  # edits before this one may have added nodes
         now = position[self.node]
-        readers = {old: [u for u in old.users if position[u] > now] for old in map(nodes.__getitem__, edit.stale)}
+        readers = {
+            old: [u for u in old.users if position[u] > now] for old in map(nodes.__getitem__, edit.stale)
+        }
         own_readers = list(self.new.users)
         value = self.renewed[chain[-1]] = self.new
         for view, parent in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
@@ -297,7 +304,9 @@ class _Redirection:
                     value = scatter_back(self.graph, view, parent, value)
                 value.meta = dict(parent.meta)
             self.renewed[parent] = value
-        if edit.is_written_again:  # what the op returned must see the next write, so it is a view of the new base
+        if (
+            edit.is_written_again
+        ):  # what the op returned must see the next write, so it is a view of the new base
             self.renewed = {chain[0]: value}
             view = self.renew(chain[-1])
             for user in own_readers:
@@ -328,13 +337,20 @@ def _dtypes(gm: fx.GraphModule) -> dict[fx.Node, torch.dtype | None]:
 
 
 _SAME_DTYPE = frozenset(
-    "add sub mul truediv div relu relu6 silu gelu tanh sigmoid hardswish hardtanh leaky_relu elu iadd isub imul itruediv "
-    "add_ sub_ mul_ div_ relu_ clone contiguous view reshape flatten permute transpose cat dropout max_pool2d avg_pool2d "
-    "adaptive_avg_pool2d interpolate pad getitem slice select neg stack chunk split unsqueeze squeeze expand".split()
-)
+    [
+        "add", "sub", "mul", "truediv", "div", "relu", "relu6", "silu", "gelu", "tanh", "sigmoid",
+        "hardswish", "hardtanh", "leaky_relu", "elu", "iadd", "isub", "imul", "itruediv", "add_", "sub_",
+        "mul_", "div_", "relu_", "clone", "contiguous", "view", "reshape", "flatten", "permute",
+        "transpose", "cat", "dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate",
+        "pad", "getitem", "slice", "select", "neg", "stack", "chunk", "split", "unsqueeze", "squeeze",
+        "expand",
+    ]
+)  # fmt: skip
 
 
-def _dtype(gm: fx.GraphModule, node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None]) -> torch.dtype | None:
+def _dtype(
+    gm: fx.GraphModule, node: fx.Node, dtypes: dict[fx.Node, torch.dtype | None]
+) -> torch.dtype | None:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return value.dtype
@@ -349,6 +365,10 @@ def _dtype(gm: fx.GraphModule, node: fx.Node, dtypes: dict[fx.Node, torch.dtype 
             return None
         weight = next(module.parameters(), None)
         return weight.dtype if weight is not None else common
-    if node.op in ("call_function", "call_method") and op_name(node) in _SAME_DTYPE and "dtype" not in node.kwargs:
+    if (
+        node.op in ("call_function", "call_method")
+        and op_name(node) in _SAME_DTYPE
+        and "dtype" not in node.kwargs
+    ):
         return common if common is not None and common.is_floating_point else None
     return None

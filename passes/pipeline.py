@@ -13,7 +13,7 @@ from srfx.passes.base import Pass, PassResult, get_pass
 
 @dataclass
 class PipelineResult:
-    """The graph module after all passes; edits and refusals by the name of their pass, in order of running."""
+    """The graph module after all passes; edits and refusals with the name of their pass, in order."""
 
     graph_module: fx.GraphModule
     edits: list[tuple[str, Edit]] = field(default_factory=list)

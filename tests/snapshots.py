@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything a user could notice: tensors by identity and value, hooks, flags, classes, the module tree."""
+    """Everything a user could notice: tensors by identity and value, hooks, flags, classes, the tree."""
     state: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         tensors = {**module._parameters, **module._buffers}

@@ -15,11 +15,22 @@ from srfx.ir.attrs import get_attr
 from srfx.ir.effects import is_mutating, op_name, updates_statistics
 
 _VIEWS = frozenset(
-    ["view", "view_as", "transpose", "permute", "slice", "select", "narrow", "unsqueeze", "squeeze", "expand", "expand_as", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "detach", "alias", "diagonal", "as_strided", "unfold", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "real", "broadcast_to", "unflatten", "unsafe_chunk"]
-)
+    [
+        "view", "view_as", "transpose", "permute", "slice", "select", "narrow", "unsqueeze", "squeeze",
+        "expand", "expand_as", "t", "T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "detach",
+        "alias", "diagonal", "as_strided", "unfold", "split", "split_with_sizes", "chunk", "unbind",
+        "tensor_split", "real", "broadcast_to", "unflatten", "unsafe_chunk",
+    ]
+)  # fmt: skip
 _MAYBE_VIEWS = frozenset(
-    ["reshape", "reshape_as", "flatten", "contiguous", "to", "type", "type_as", "float", "half", "double", "bfloat16", "long", "int", "bool", "cpu", "cuda", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "stochastic_depth", "clone_", "requires_grad_", "pad", "lift", "lift_fresh", "ravel", "atleast_1d", "atleast_2d", "atleast_3d"]
-)
+    [
+        "reshape", "reshape_as", "flatten", "contiguous", "to", "type", "type_as", "float", "half",
+        "double", "bfloat16", "long", "int", "bool", "cpu", "cuda", "dropout", "dropout1d", "dropout2d",
+        "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "stochastic_depth",
+        "clone_", "requires_grad_", "pad", "lift", "lift_fresh", "ravel", "atleast_1d", "atleast_2d",
+        "atleast_3d",
+    ]
+)  # fmt: skip
 _TUPLE_VIEWS = frozenset(["split", "split_with_sizes", "chunk", "unbind", "tensor_split"])
 _MAYBE_VIEW_MODULES = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Flatten,
@@ -170,8 +181,7 @@ def _kind(node: fx.Node, kinds: dict[fx.Node, Kind]) -> Kind:
     if node.target is getattr:
         return Kind.SCALAR if node.args[1] in _SCALAR_ATTRIBUTES else Kind.TENSOR
     if (
-        (name in _SCALAR_METHODS
-        and node.op == "call_method")
+        (name in _SCALAR_METHODS and node.op == "call_method")
         or name in _SCALAR_ATEN
         or node.target in (len, int, float)
     ):
@@ -236,14 +246,14 @@ class AliasClasses:
         for x, y in zip(self.chain(a), self.chain(b), strict=False):
             if x is not y:
                 source = self.link[x]
-                is_split = (
-                    source is not None and op_name(source[0]) in _TUPLE_VIEWS and source == self.link[y]
-                )
+                if source is None or source != self.link[y] or op_name(source[0]) not in _TUPLE_VIEWS:
+                    return False
                 i, j = x.args[-1], y.args[-1]
-                is_item = (
+                if not (
                     x.target is y.target is operator.getitem and isinstance(i, int) and isinstance(j, int)
-                )
-                return is_split and is_item and i != j and (i < 0) == (j < 0)  # type: ignore[operator]
+                ):
+                    return False
+                return i != j and int(i < 0) == int(j < 0)  # 1 and -1 may be the same piece
         return False
 
 

@@ -150,8 +150,8 @@ def _export(
 ) -> fx.GraphModule:
     if args is None and not kwargs:
         raise CaptureError(
-            f"torch.fx.symbolic_trace cannot trace {type(model).__name__} ({_first_line(reason)}): pass example_inputs, "
-            "so that torch.export can be used, or give an exported program"
+            f"torch.fx.symbolic_trace cannot trace {type(model).__name__} ({_first_line(reason)}): "
+            "pass example_inputs, so that torch.export can be used, or give an exported program"
         ) from reason
     failure: BaseException = reason
     for attempt_args, attempt_kwargs, dynamic in _attempts(args or (), kwargs):
@@ -180,7 +180,7 @@ def _export(
 def _attempts(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any], bool]]:
-    """First with a dynamic batch axis (a batch of 1 is doubled: export would specialise to it), then static."""
+    """First with a dynamic batch axis (a batch of 1 is doubled, or export would freeze it), then static."""
     attempts = [(args, kwargs, True), (args, kwargs, False)]
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if tensors and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors):

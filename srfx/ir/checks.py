@@ -25,7 +25,7 @@ def check_tensors(module: nn.Module) -> None:
     for name, tensor in _named_tensors(module):
         if is_lazy(tensor):
             raise UnsupportedModelError(
-                f"{name} is not initialised yet (lazy module): run the model once on a batch, then minimize it"
+                f"{name} is not initialised yet (lazy module): run the model on a batch, then minimize it"
             )
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             raise CaptureError(
@@ -38,7 +38,8 @@ def check_tensors(module: nn.Module) -> None:
             )
         if tensor.layout is not torch.strided:
             raise UnsupportedModelError(f"{name} has layout {tensor.layout}: call .to_dense() on it first")
-        if is_traceable_wrapper_subclass(tensor):
+        is_wrapper: bool = is_traceable_wrapper_subclass(tensor)
+        if is_wrapper:
             raise UnsupportedModelError(
                 f"{name} is a {type(tensor).__name__}: give a model of plain tensors (unsharded, unquantized)"
             )

@@ -63,7 +63,7 @@ def _is_from_export(hook: object) -> bool:
 
 
 def clone_graph(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph: same node names and types, ``meta`` shallowly copied, same code generator (pytree specs)."""
+    """Copy a graph: same node names and types, ``meta`` copied shallowly, same pytree code generator."""
     new = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -9,7 +9,7 @@ from srfx.ir.effects import is_mutating, is_random, is_torch_function, op_name
 
 
 def is_removable(node: fx.Node) -> bool:
-    """Whether a node without readers can go: no write, no random draw, no user code or hook that would not run.
+    """Whether a node without readers can go: no write, no random draw, no user code or hook in it.
 
     torch.fx's own ``eliminate_dead_code`` is not used: it takes methods such as ``add_`` for pure.
     """

@@ -23,12 +23,18 @@ INPLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
 
 _NORMS_WITH_STATE = ("batch_norm", "instance_norm", "_native_batch_norm_legit", "native_batch_norm")
 _RANDOM = frozenset(
-    ["bernoulli", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "normal", "multinomial", "poisson", "rrelu", "gumbel_softmax", "stochastic_depth", "fractional_max_pool2d", "fractional_max_pool3d", "empty", "empty_like", "empty_strided", "new_empty"]
-)
+    [
+        "bernoulli", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d",
+        "dropout2d", "dropout3d", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like",
+        "randperm", "normal", "multinomial", "poisson", "rrelu", "gumbel_softmax", "stochastic_depth",
+        "fractional_max_pool2d", "fractional_max_pool3d", "empty", "empty_like", "empty_strided",
+        "new_empty",
+    ]
+)  # fmt: skip
 
 
 def op_name(node: fx.Node) -> str:
-    """The bare name of what a call node calls: ``add_`` for aten.add_.Tensor, torch's ``add_`` and ``x.add_``.
+    """The bare name of what a call node calls: ``add_`` for aten.add_.Tensor and for ``x.add_``.
 
     For grouping spellings of one op in canonicalising passes only; op rules match by target object.
     """
@@ -104,12 +110,12 @@ _INPLACE_METHODS = frozenset(f"__{fn.__name__.strip('_')}__" for fn in INPLACE_O
 
 
 @cache
-def _inplace_position(target: Any) -> int | None:
+def _inplace_position(target: object) -> int | None:
     """Where a function of torch.nn.functional takes ``inplace`` positionally."""
-    if not callable(target) or getattr(F, getattr(target, "__name__", ""), None) is not target:
+    if target is None or vars(F).get(getattr(target, "__name__", "")) is not target:
         return None
     try:
-        names = list(inspect.signature(target).parameters)
+        names = list(inspect.signature(vars(F)[getattr(target, "__name__", "")]).parameters)
     except (TypeError, ValueError):  # builtins without a signature
         return None
     return names.index("inplace") if "inplace" in names else None

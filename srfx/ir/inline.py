@@ -44,7 +44,7 @@ def inline_graph(
 
 
 def replace_by_outputs(node: fx.Node, outputs: Any) -> None:
-    """Make the readers of ``node`` read ``outputs`` instead, through the getitems when it is a tuple; erase it."""
+    """Make the readers of ``node`` read ``outputs`` instead, past getitems when it is a tuple; erase it."""
     for user in list(node.users):
         if isinstance(outputs, (tuple, list)) and user.target is operator.getitem and user.args[0] is node:
             item = outputs[user.args[1]]  # type: ignore[index]

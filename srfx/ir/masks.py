@@ -84,12 +84,12 @@ def find_masks(root: nn.Module) -> Plan:
                 orig, mask = getattr(module, tensor + "_orig"), getattr(module, tensor + "_mask")
                 same_as = seen.tied_to(orig, mask, f"{path}.{tensor}" if path else tensor)
             plan.edits.append(BakeMask(path, tensor, mechanism, same_as))
-    for path, module in reversed(
-        list(root.named_modules())
-    ):  # a parametrization may hold parametrized modules
+    # From the leaves up: a parametrization may hold parametrized modules.
+    for path, module in reversed(list(root.named_modules())):
         if not parametrize.is_parametrized(module):
             continue
-        parametrized: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
+        parametrized = module.parametrizations
+        assert isinstance(parametrized, nn.ModuleDict)
         values = [_twice(module, tensor) for tensor in parametrized]
         if all(value is not None for value in values):
             plan.edits += [BakeMask(path, tensor, "parametrize") for tensor in parametrized]
@@ -151,13 +151,15 @@ def _mechanism(hook: object) -> str:
 
 
 def _hook_name(hook: object) -> str:
-    return str(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)  # type: ignore[attr-defined]
+    name = "_tensor_name" if isinstance(hook, BasePruningMethod) else "name"
+    return str(getattr(hook, name))
 
 
 def _hook_value(module: nn.Module, hook: object) -> torch.Tensor:
     with torch.no_grad():
         if isinstance(hook, BasePruningMethod):
-            return hook.apply_mask(module)  # orig * mask: exact, and nan where orig is inf or nan
+            product: torch.Tensor = hook.apply_mask(module)  # exact, and nan where orig is inf or nan
+            return product
         native = _call_weight_hook(module, hook)
         try:
             precise = _call_weight_hook(_in_float64(module), hook)

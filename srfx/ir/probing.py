@@ -48,7 +48,8 @@ _MAX_PRODUCT = 64
 _SEARCH_DEPTH = 40
 
 _CONV_DIM: dict[Any, int] = {
-    F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3,
+    F.conv1d: 1, F.conv2d: 2, F.conv3d: 3,
+    F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3,
     torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3,
 }  # fmt: skip
 
@@ -117,10 +118,8 @@ def _squares(n_features: int) -> Iterator[tuple[int, int]]:
 
 
 def _first_layer(gm: fx.GraphModule, node: fx.Node) -> tuple[str, int]:
-    """The kind of the first layer with weights that reads this input, and the channels it wants (0: unknown)."""
+    """The kind of the first layer with weights that reads this input, and the channels it wants."""
     queue, seen = [node], {node}
-    for current in queue[:]:
-        del current
     position = 0
     while position < len(queue) and position < _SEARCH_DEPTH:
         current = queue[position]

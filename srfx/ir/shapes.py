@@ -176,7 +176,8 @@ class _Propagator:
         except _MISFITS as error:
             if _is_unknowable(error):
                 return UNKNOWN
-            shapes = [tuple(v.shape) for v in map(self.values.get, node.all_input_nodes) if hasattr(v, "shape")]
+            operands = [self.values[source] for source in node.all_input_nodes]
+            shapes = [tuple(v.shape) for v in operands if isinstance(v, torch.Tensor)]
             raise CaptureError(
                 f"{node.name} ({node.target}) cannot run on inputs of shape {shapes}: {error}; "
                 "pass example_inputs that the model accepts"
@@ -241,7 +242,7 @@ def _returns_its_input_shape(module: nn.Module, args: tuple[Any, ...]) -> bool:
     n_dims = _BATCH_NORMS.get(type(module))  # type: ignore[arg-type]
     if n_dims is None:
         return False
-    tensors = [t for t in (module.weight, module.bias, module.running_mean) if t is not None]
+    tensors = [t for t in (*module._parameters.values(), module._buffers.get("running_mean")) if t is not None]
     fits = args[0].dim() in n_dims and args[0].shape[1] == module.num_features
     return fits and all(t.device == args[0].device and t.dtype == args[0].dtype for t in tensors)
 

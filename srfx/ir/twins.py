@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -17,12 +18,18 @@ aten = torch.ops.aten
 _METADATA_OPS = frozenset({"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"})
 _NO_TWIN = frozenset({"resize_", "resize_as_", "set_", "requires_grad_", "share_memory_", "apply_", "map_"})
 _RANDOM = frozenset(
-    ["normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_", "rrelu_"]
-)
+    [
+        "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_",
+        "log_normal_", "rrelu_",
+    ]
+)  # fmt: skip
 _FILLS = frozenset({"copy_", "fill_", "zero_"})
 _COMPARISONS = frozenset(
-    ["eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor", "logical_not"]
-)
+    [
+        "eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal",
+        "logical_and", "logical_or", "logical_xor", "logical_not",
+    ]
+)  # fmt: skip
 _INPLACE_METHODS = {f"__{i.__name__.strip('_')}__": twin for i, twin in INPLACE_OPERATORS.items()}
 
 
@@ -69,24 +76,23 @@ def replace_call(node: fx.Node) -> fx.Node:
                 graph, args[0], 0 if name == "zero_" else args[1] if len(args) > 1 else kwargs["value"]
             )
         if kwargs.pop("out", None) is not None:
-            target = node.target
-            if isinstance(target, torch._ops.OpOverload):
-                target = _without_out(target)
-            return graph.call_function(target, args, kwargs)
+            plain: Any = node.target
+            if isinstance(plain, torch._ops.OpOverload):
+                plain = _without_out(plain)
+            return graph.call_function(plain, args, kwargs)
         kwargs.pop("inplace", None)
-        target = functional_target(node)
+        target: Any = functional_target(node)
         assert target is not None
         if target is node.target:  # a function of torch.nn.functional with an inplace argument
             position = _position_of_inplace(target)
-            args = args[:position] + (False,) + args[position + 1 :] if len(args) > position else args
+            if len(args) > position:
+                args = (*args[:position], False, *args[position + 1 :])
         if isinstance(target, str):
             return graph.call_method(target, args, kwargs)
         return graph.call_function(target, args, kwargs)
 
 
 def _position_of_inplace(target: Any) -> int:
-    import inspect
-
     return list(inspect.signature(target).parameters).index("inplace")
 
 
@@ -95,12 +101,12 @@ def out_twin_exists(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or _without_out(node.target) is not None
 
 
-def _without_out(target: torch._ops.OpOverload) -> Any:
+def _without_out(target: Any) -> Any:
     return _matching_overload(target.overloadpacket, target)
 
 
 def _matching_overload(packet: Any, target: torch._ops.OpOverload) -> Any:
-    """The functional overload of ``packet`` that takes what ``target`` takes, ``out`` aside; None if there is none."""
+    """The functional overload of ``packet`` with the operands of ``target``, ``out`` aside, or None."""
     wanted = [str(arg.type) for arg in target._schema.arguments if not arg.is_out]
     names = [target._overloadname, *packet.overloads()]
     for name in [n for n in names if n in packet.overloads()]:
@@ -110,15 +116,14 @@ def _matching_overload(packet: Any, target: torch._ops.OpOverload) -> Any:
     return None
 
 
-def fill_like(graph: fx.Graph, target: Any, value: Any) -> fx.Node:
+def fill_like(graph: fx.Graph, target: Any, value: object) -> fx.Node:
     """``target`` with every number replaced by ``value`` (a number, or a node that broadcasts to it)."""
     if not isinstance(value, fx.Node):
-        return graph.call_function(aten.full_like.default, (target, value))
+        return graph.call_function(aten.full_like.default, (target, cast("float", value)))
+    is_whole, new = has_same(value, target, "shape"), value
     if not has_same(value, target, "dtype"):
-        value = graph.call_function(aten.type_as.default, (value, target))
-    if not has_same(value, target, "shape"):
-        value = graph.call_function(aten.expand_as.default, (value, target))
-    return value
+        new = graph.call_function(aten.type_as.default, (new, target))
+    return new if is_whole else graph.call_function(aten.expand_as.default, (new, target))
 
 
 def has_same(a: fx.Node, b: fx.Node, what: str) -> bool:
@@ -171,7 +176,7 @@ def may_change_dtype(
 
 
 def split_getitem(graph: fx.Graph, source: fx.Node, index: Any) -> list[fx.Node]:
-    """``source[index]`` with ints, slices, None and Ellipsis, as a chain of select, slice and unsqueeze nodes.
+    """``source[index]`` of ints, slices, None and Ellipsis, as a chain of select, slice and unsqueeze.
 
     The nodes are inserted at the graph's insertion point; the last one is the result.
     """

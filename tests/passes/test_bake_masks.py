@@ -16,7 +16,9 @@ from tests.snapshots import assert_same, assert_unchanged, snapshot
 
 
 def small() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval()
+    return (
+        nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double().eval()
+    )
 
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -82,10 +84,11 @@ class Mask(nn.Module):
         return weight * self.mask
 
 
-HOW = (
-    "l1 random ln_structured random_structured custom identity several global parametrize sparsifier old_weight_norm "
-    "old_spectral_norm weight_norm spectral_norm orthogonal pruned_weight_norm pruned_parametrization"
-).split()
+HOW = [
+    "l1", "random", "ln_structured", "random_structured", "custom", "identity", "several", "global",
+    "parametrize", "sparsifier", "old_weight_norm", "old_spectral_norm", "weight_norm", "spectral_norm",
+    "orthogonal", "pruned_weight_norm", "pruned_parametrization",
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -138,7 +141,9 @@ def test_value_is_that_of_the_sources_not_the_stale_attribute():
     model = masked("l1")
     model(X)
     with torch.no_grad():
-        model[2].weight_orig.mul_(3)  # an optimizer step; model[2].weight is the old product until the next forward
+        model[2].weight_orig.mul_(
+            3
+        )  # an optimizer step; model[2].weight is the old product until the next forward
     stale = model[2].weight.clone()
     gm = capture(fx.symbolic_trace(model)).graph_module
     get_pass("bake-masks")(gm)

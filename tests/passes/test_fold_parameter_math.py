@@ -92,7 +92,9 @@ def test_exported_parametrization_gets_its_own_name_back():
 
 @routes
 def test_evaluated_in_float64_and_rounded_once(route):
-    model = module(lambda s, x: F.linear(x, s.w * s.a * s.b), w=torch.randn(5, 4), a=torch.rand(4), b=torch.rand(5, 1))
+    model = module(
+        lambda s, x: F.linear(x, s.w * s.a * s.b), w=torch.randn(5, 4), a=torch.rand(4), b=torch.rand(5, 1)
+    )
     model.float()
     exact = model.w.double() * model.a.double() * model.b.double()
     gm = capture(trace(model, (X.float(),), route)).graph_module
@@ -100,13 +102,19 @@ def test_evaluated_in_float64_and_rounded_once(route):
     value = gm.get_parameter(edit.path)
     assert value.dtype == torch.float32
     assert torch.equal(value, exact.float())
-    assert not torch.equal(value, model.w * model.a * model.b)  # the model's own double rounding differs somewhere
+    assert not torch.equal(
+        value, model.w * model.a * model.b
+    )  # the model's own double rounding differs somewhere
 
 
 @routes
 def test_overflow_and_nan_are_those_of_the_model(route):
     big = torch.tensor([1e30, 1.0, -1e30, 0.0])
-    model = module(lambda s, x: x * (s.w * s.buffer_big / s.buffer_big), w=torch.tensor([1e30, 2.0, 3.0, 4.0]), buffer_big=big)
+    model = module(
+        lambda s, x: x * (s.w * s.buffer_big / s.buffer_big),
+        w=torch.tensor([1e30, 2.0, 3.0, 4.0]),
+        buffer_big=big,
+    )
     model.float()
     want = model(X.float())
     gm = capture(trace(model, (X.float(),), route)).graph_module
@@ -129,7 +137,9 @@ def test_pure_movement_is_not_folded(route):
 
 @routes
 def test_movement_after_arithmetic_stays_and_before_it_is_folded_in(route):
-    model = module(lambda s, x: x @ (s.w.t() * s.buffer_m).t(), w=torch.randn(4, 5), buffer_m=torch.rand(5, 1))
+    model = module(
+        lambda s, x: x @ (s.w.t() * s.buffer_m).t(), w=torch.randn(4, 5), buffer_m=torch.rand(5, 1)
+    )
     gm, edits, _ = folded(model, route)
     (edit,) = edits
     assert tuple(edit.value.shape) == (5, 4)
@@ -166,7 +176,11 @@ def test_below_a_growing_sum_the_parts_are_folded(route):
 
 @routes
 def test_a_parameter_that_is_also_read_directly_keeps_its_name(route):
-    model = module(lambda s, x: F.linear(x, s.w * s.buffer_m) + F.linear(x, s.w), w=torch.randn(5, 4), buffer_m=torch.rand(5, 4))
+    model = module(
+        lambda s, x: F.linear(x, s.w * s.buffer_m) + F.linear(x, s.w),
+        w=torch.randn(5, 4),
+        buffer_m=torch.rand(5, 4),
+    )
     gm, edits, _ = folded(model, route)
     (edit,) = edits
     assert edit.path != "w"
@@ -179,7 +193,9 @@ def test_two_products_of_one_parameter_get_two_names(route):
     def forward(self, x):
         return F.linear(x, self.w * self.buffer_m), F.linear(x, self.w * (1 - self.buffer_m))
 
-    gm, edits, _ = folded(module(forward, w=torch.randn(5, 4), buffer_m=(torch.rand(5, 4) > 0.5).double()), route)
+    gm, edits, _ = folded(
+        module(forward, w=torch.randn(5, 4), buffer_m=(torch.rand(5, 4) > 0.5).double()), route
+    )
     paths = [e.path for e in edits]
     assert len(set(paths)) == 2
     assert paths[0] == "w"
@@ -216,7 +232,12 @@ def test_inputs_randomness_and_sizes_of_inputs_are_not_constants(route):
 def test_standardised_weight(route):
     def forward(self, x):
         weight = F.batch_norm(
-            self.w.reshape(1, 5, -1), None, None, weight=(self.gain * 0.5).view(-1), training=True, momentum=0.0
+            self.w.reshape(1, 5, -1),
+            None,
+            None,
+            weight=(self.gain * 0.5).view(-1),
+            training=True,
+            momentum=0.0,
         ).reshape_as(self.w)
         return F.linear(x, weight)
 

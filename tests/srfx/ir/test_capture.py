@@ -94,7 +94,9 @@ def test_training_a_train_mode_capture_leaves_the_users_statistics_alone_only_wh
     gm = capture(fx.symbolic_trace(model)).graph_module
     assert gm.bn.training
     assert gm.bn is not model.bn
-    assert gm.bn.running_mean is model.bn.running_mean  # shared until a pass replaces it: no second copy of the data
+    assert (
+        gm.bn.running_mean is model.bn.running_mean
+    )  # shared until a pass replaces it: no second copy of the data
 
 
 @pytest.mark.parametrize("route", ["symbolic", "export"])
@@ -247,7 +249,7 @@ def test_plain_module_falls_back_to_export_with_a_dynamic_batch():
 
 def test_plain_module_without_examples_names_the_remedy_and_chains_the_reason():
     model = make(Loop)
-    with pytest.raises(CaptureError, match="Loop.*example_inputs") as caught:
+    with pytest.raises(CaptureError, match=r"Loop.*example_inputs") as caught:
         capture(model)
     assert isinstance(caught.value.__cause__, TypeError)
     assert not any(isinstance(v, fx.Proxy) for m in model.modules() for v in vars(m).values())
@@ -259,7 +261,7 @@ class DataDependent(nn.Module):
 
 
 def test_untraceable_both_ways_names_both_reasons():
-    with pytest.raises(CaptureError, match="symbolic_trace.*torch.export"):
+    with pytest.raises(CaptureError, match=r"symbolic_trace.*torch.export"):
         capture(DataDependent(), torch.randn(3))
 
 
@@ -301,7 +303,11 @@ def test_bound_methods_and_lists_lead_into_the_clone():
     [
         (lambda m: m.to("meta"), CaptureError, "conv.weight.*meta"),
         (lambda m: setattr(m, "a", nn.LazyLinear(3)), UnsupportedModelError, "a.weight.*lazy"),
-        (lambda m: m.register_buffer("s", torch.eye(3).to_sparse()), UnsupportedModelError, "s has layout.*sparse"),
+        (
+            lambda m: m.register_buffer("s", torch.eye(3).to_sparse()),
+            UnsupportedModelError,
+            "s has layout.*sparse",
+        ),
         (
             lambda m: m.register_buffer("q", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)),
             UnsupportedModelError,
@@ -338,7 +344,7 @@ def test_graph_that_fails_lint_is_an_error_of_ours():
 
 
 def test_not_a_model():
-    with pytest.raises(CaptureError, match="expected an nn.Module.*dict"):
+    with pytest.raises(CaptureError, match=r"expected an nn.Module.*dict"):
         capture({})  # type: ignore[arg-type]
 
 

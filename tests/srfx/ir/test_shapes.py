@@ -83,8 +83,14 @@ def test_symbolic_sizes_become_the_exported_ones():
     ("model", "expected"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), (2, 3, 224, 224)),
-        (nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 12 * 12, 10)), (2, 1, 28, 28)),
-        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 10)), (2, 3, 32, 32)),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 12 * 12, 10)),
+            (2, 1, 28, 28),
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 10)),
+            (2, 3, 32, 32),
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), (2, 784)),
         (nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 2, 3)), None),
         (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), (2, 16)),
