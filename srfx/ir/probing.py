@@ -102,7 +102,8 @@ def _guesses(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, device: torc
         yield from (
             floats(2, n_channels, *space) for space in [(), (224, 224), (32, 32), (128,), (8, 32, 32)]
         )
-    else:
+    # Whatever the first layer says: there may be a reshape in front of it.
+    if kind != "tokens":
         yield from (floats(2, 3, side, side) for side in _SIDES[:3])
         yield from (floats(2, 1, side, side) for side in _SIDES[1:3])
         yield from (tokens(2, length) for length in _TOKENS[:2])

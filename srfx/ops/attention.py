@@ -16,8 +16,9 @@ from torch import Tensor
 
 from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit
+from srfx.ir.evaluate import evaluate, has_fixed_sizes
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
+from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.contraction import MatmulWithParameter
@@ -196,8 +197,22 @@ class Attention(OpRule):
             return super().forward(call, facts)
         c = facts.constancy(self.operands(call)[2])
         varies, value = c.varies.cpu(), c.value.double().cpu()
-        certain = call.value("attn_mask") is None and not call.get("dropout_p", 0.0)
+        certain = self.sees_a_key(call) and not call.get("dropout_p", 0.0)
         return Constancy(varies if certain else varies | (value != 0), value)
+
+    def sees_a_key(self, call: Call) -> bool:
+        """Whether every query is known to see some key: no mask, or one that no input decides and that says so."""
+        mask = call.value("attn_mask")
+        if mask is None:
+            return True
+        if isinstance(mask, Param):
+            found = None if isinstance(mask.tensor, torch.nn.Parameter) else mask.tensor
+        else:
+            found = evaluate(mask, call.program) if has_fixed_sizes(mask, (-2, -1)) else None
+        if found is None:
+            return False
+        seen = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
+        return bool(seen.any(-1).all()) and bool((seen == seen[:1]).all())
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if call.get("enable_gqa") or not isinstance(live, Tensor):
