@@ -135,6 +135,7 @@ class _Planner:
         taken: set[str] = set()
         for node in reversed(roots):
             plan.edits.append(self.edit(node, taken))
+            self.precise.clear()  # float64 copies of one sub-graph at a time
         plan.refusals.reverse()
         return plan
 
@@ -180,7 +181,7 @@ class _Planner:
             for user in stack.pop().users:
                 if user not in self.sources:
                     return True
-                if self.moves_only(user):
+                if not self.is_arithmetic(user):
                     stack.append(user)
         return False
 

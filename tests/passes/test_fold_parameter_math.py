@@ -298,3 +298,15 @@ def test_plan_writes_nothing_and_is_the_same_twice():
     assert_unchanged(gm, before)
     assert gm.code == code
     assert first.edits[0].to_json()["path"] == "layer.weight"
+
+
+@routes
+def test_large_standardised_weight_replaces_its_source(route):
+    def forward(self, x):
+        w = F.batch_norm(self.w.reshape(1, 300, -1), None, None, training=True).reshape_as(self.w)
+        return F.linear(x, w)
+
+    model = module(forward, w=torch.randn(300, 300))
+    gm, _, refusals = folded(model, route, torch.randn(2, 300, dtype=torch.float64))
+    assert not refusals
+    assert list(gm.state_dict()) == ["w"]

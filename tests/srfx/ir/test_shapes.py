@@ -95,6 +95,7 @@ def test_symbolic_sizes_become_the_exported_ones():
         (nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 2, 3)), None),
         (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), (2, 16)),
         (nn.Sequential(nn.Conv1d(7, 4, 3)), (2, 7, 128)),
+        (nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 4, 3)), (2, 3, 224, 224)),
         (nn.Sequential(nn.Conv3d(2, 4, 3)), (2, 2, 16, 112, 112)),
         (nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, groups=2)), (2, 6, 224, 224)),
     ],
