@@ -37,17 +37,26 @@ class CompactChannels(Pass):
     Args:
         hints: one example or fake value for each placeholder; None takes metadata or probes.
         multiple_of: keep channel counts a multiple of this where there are enough channels.
+        values: values of all nodes of the graph as it is now, when they are known already.
     """
 
-    def __init__(self, hints: Sequence[Any] | None = None, multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        hints: Sequence[Any] | None = None,
+        multiple_of: int = 1,
+        values: dict[fx.Node, Any] | None = None,
+    ) -> None:
         self.hints = hints
         self.multiple_of = multiple_of
+        self.values = values
         self.facts: FactTable | None = None
         self._editor: GraphEditor | None = None
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        facts, sites = analyse(gm, propagate(gm, hints), self.multiple_of)
+        values, self.values = self.values, None  # true of the first round only
+        if values is None:
+            values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        facts, sites = analyse(gm, values, self.multiple_of)
         self.facts, self._editor = facts, GraphEditor(gm)
         with torch.no_grad():
             edits = plan_edits(facts, sites)

@@ -1,5 +1,7 @@
 """srfx: exact structural minimization of masked networks."""
 
 from srfx.minimize import minimize
+from srfx.report import Report, plan, report
+from srfx.verify import Verification, verify
 
-__all__ = ["minimize"]
+__all__ = ["Report", "Verification", "minimize", "plan", "report", "verify"]

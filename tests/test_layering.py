@@ -19,6 +19,8 @@ LAYERS = (
     "report",
     "cycle",
     "minimize",
+    "verify",
+    "record",
     "passes",
     "analysis",
     "ops",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+_MISFITS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
-class FlopCounter(TorchDispatchMode):  # type: ignore[misc]  # untyped in torch
+
+class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of everything that runs under it, by the formulas of torch.utils.flop_counter.
 
-    Unlike ``FlopCounterMode`` it keeps no table of modules, knows attention on the CPU, and an operand a formula
-    does not expect (fewer key heads than query heads) costs its count, not the run.  1 MAC = 2 FLOP; elementwise
-    ops count 0, as in torch.
+    Unlike ``FlopCounterMode`` it keeps no table of modules, knows attention on the CPU, and an operand a
+    formula does not expect (fewer key heads than query heads) costs its count, not the run.  1 MAC = 2 FLOP;
+    elementwise ops count 0, as in torch.
 
     Example:
         >>> with FlopCounter() as counter:
@@ -25,27 +28,31 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[misc]  # untyped in torch
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the op, then count it."""
         kwargs = kwargs or {}
         formula = _formula(func)
         if formula is None:
             if torch.is_inference_mode_enabled() and getattr(func, "namespace", "") == "aten":
-                with self:  # elsewhere torch has decomposed linear, matmul and their like before they come here
+                with (
+                    self
+                ):  # elsewhere torch has decomposed linear, matmul and their like before they come here
                     found = func.decompose(*args, **kwargs)
                 if found is not NotImplemented:
                     return found
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        try:
-            self.total += int(formula(*args, **kwargs, out_val=out))
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
-            pass  # a count is missing, nothing else
+        with contextlib.suppress(*_MISFITS):
+            self.total += int(formula(*args, **kwargs, out_val=out))  # when it fails only a count is missing
         return out
 
 
@@ -69,8 +76,7 @@ _ATTENTION = frozenset(
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, E]: scores and their product with v."""
+    """Q [N, H, T, D], k [N, Hk, S, D], v [N, Hk, S, E]: scores and their product with v."""
     n, h, t, d = query.shape
     s, e = value.shape[-2:]
     return int(2 * n * h * t * s * (d + e))
-

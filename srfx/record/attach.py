@@ -1,0 +1,46 @@
+"""Keep a record with a GraphModule through deepcopy and pickle.
+
+``fx.GraphModule`` copies ``meta`` in deepcopy but drops it when pickled.  Every GraphModule has a class of
+its own (fx puts the generated ``forward`` there), so a ``__reduce__`` on that class concerns this one object
+only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from srfx.record.record import Record
+
+KEY = "srfx"
+
+
+def attach(gm: fx.GraphModule, record: Record) -> None:
+    """Store the record as ``gm.meta["srfx"]``, to survive deepcopy and pickle from now on."""
+    gm.meta[KEY] = record
+    _keep(gm)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The record of a minimized model, None when there is none."""
+    found = getattr(model, "meta", {}).get(KEY)
+    return found if isinstance(found, Record) else None
+
+
+def _keep(gm: fx.GraphModule) -> None:
+    type(gm).__reduce__ = _reduce  # type: ignore[assignment, method-assign]
+    if _keep not in gm._deepcopy_hooks:
+        gm._register_deepcopy_hook(_keep)
+
+
+def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
+    restore, (state, *rest) = fx.GraphModule.__reduce__(gm)
+    return _restore, (restore, {k: v for k, v in state.items() if k != "_deepcopy_hooks"}, rest, gm.meta[KEY])
+
+
+def _restore(restore: Any, state: dict[str, Any], rest: list[Any], record: Record) -> fx.GraphModule:
+    gm = restore(state, *rest)
+    assert isinstance(gm, fx.GraphModule)
+    attach(gm, record)
+    return gm
