@@ -25,7 +25,7 @@ from srfx.ops.sizes import index_instead, is_range, positions, set_argument
 aten = torch.ops.aten
 
 
-@op_rule(torch.cat, torch.concat, torch.concatenate, aten.cat.default, aten.concat.default)
+@op_rule(torch.cat, torch.concat, torch.concatenate, aten.cat.default, aten.concat.default, aten.concatenate.default)
 class Concat(OpRule):
     """y = cat(x_1 .. x_n, dim).  The channel sets of ``dim`` are concatenated, other axes are tied."""
 
@@ -247,7 +247,8 @@ class Split(Splitting):
         return [set_argument(call, name, counts)]
 
 
-@op_rule(torch.chunk, "chunk", aten.chunk.default, torch.tensor_split, "tensor_split")
+@op_rule(torch.chunk, "chunk", aten.chunk.default, torch.tensor_split, "tensor_split", aten.tensor_split.sections,
+         aten.tensor_split.indices)  # fmt: skip
 class Chunk(Splitting):
     """chunk: becomes a split with listed sizes when channels go."""
 
@@ -296,9 +297,10 @@ class GetItem(AlongAxis):
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         node = self._tuple(call)
         if node is not None:
-            found = labels.fields.get(node)
-            index = call.get("index")
-            return found[index] if isinstance(found, tuple) and isinstance(index, int) and isinstance(call.output, Tensor) else {}
+            found, index = labels.fields.get(node), call.get("index")
+            if isinstance(found, tuple) and isinstance(index, (int, slice)) and isinstance(call.output, (Tensor, tuple, list)):
+                return found[index]
+            return {}
         if not isinstance(call.output, Tensor):
             return {}
         parsed = self._parse(call)
@@ -321,10 +323,12 @@ class GetItem(AlongAxis):
         node = self._tuple(call)
         if node is not None:
             found, index = facts.constants.get(node), call.get("index")
-            if isinstance(found, tuple) and isinstance(index, int):
+            if isinstance(found, tuple) and isinstance(index, (int, slice)):
                 return found[index]
             return OpRule.forward(self, call, facts)
-        if not isinstance(call.output, Tensor) or self._parse(call) is None:
+        if not isinstance(call.output, Tensor):  # a size, or some of them
+            return Constancy.top(0)
+        if self._parse(call) is None:
             return OpRule.forward(self, call, facts)
         return super().forward(call, facts)
 
@@ -332,7 +336,12 @@ class GetItem(AlongAxis):
         node = self._tuple(call)
         if node is not None:
             index = call.get("index")
-            return {(node, index): live} if isinstance(index, int) and isinstance(live, Tensor) else {}
+            if isinstance(index, slice) and isinstance(live, tuple):
+                chosen = range(len(call.program.hints[node]))[index]
+                return {(node, i): part for i, part in zip(chosen, live, strict=True) if part is not None}
+            if not isinstance(index, int) or not isinstance(live, Tensor):
+                return {}
+            return {(node, index % len(call.program.hints[node])): live}
         if not isinstance(call.output, Tensor) or self._parse(call) is None:
             return OpRule.backward(self, call, live, facts)
         return super().backward(call, live, facts)

@@ -168,7 +168,8 @@ class PermuteAxes(Movement):
         return [Permute(tuple(_axis(d, rank) for d in call.get("dims")))]
 
 
-@op_rule("transpose", torch.transpose, aten.transpose.int, torch.swapaxes, "swapaxes", torch.swapdims, "swapdims")
+@op_rule("transpose", torch.transpose, aten.transpose.int, torch.swapaxes, "swapaxes", torch.swapdims, "swapdims",
+         (aten.swapaxes.default, "input dim0 dim1"), (aten.swapdims.default, "input dim0 dim1"))  # fmt: skip
 class Transpose(Movement):
     """transpose of two axes."""
 
@@ -190,7 +191,8 @@ class MatrixTranspose(Movement):
         return [Permute((*order[:-2], *reversed(order[-2:])))]
 
 
-@op_rule(torch.movedim, "movedim", torch.moveaxis, "moveaxis", aten.movedim.int, aten.movedim.intlist)
+@op_rule(torch.movedim, "movedim", torch.moveaxis, "moveaxis", aten.movedim.int, aten.movedim.intlist,
+         aten.moveaxis.int, aten.moveaxis.intlist)  # fmt: skip
 class MoveDim(Movement):
     """movedim."""
 
@@ -286,7 +288,12 @@ def _flatten_ties(labels: Tensor, axis: int, labeller: Labeller) -> None:
         labeller.table.tie(labels, labels.narrow(axis, 0, 1))
 
 
-@op_rule(torch.flip, "flip", aten.flip.default, torch.fliplr, torch.flipud)
+_FLIPS: dict[Any, tuple[int, ...]] = {t: (1,) for t in (torch.fliplr, "fliplr", aten.fliplr.default)}
+_FLIPS |= {t: (0,) for t in (torch.flipud, "flipud", aten.flipud.default)}
+
+
+@op_rule(torch.flip, "flip", aten.flip.default, torch.fliplr, torch.flipud, "fliplr", "flipud", aten.fliplr.default,
+         aten.flipud.default)  # fmt: skip
 class Flip(Movement):
     """flip; an axis that loses channels is flipped all the same, the kept ones in reverse order."""
 
@@ -294,7 +301,7 @@ class Flip(Movement):
 
     def steps(self, call: Call) -> list[Step]:
         shape = call.out_shape
-        dims = {torch.fliplr: (1,), torch.flipud: (0,)}.get(call.node.target) or call.get("dims")  # type: ignore[call-overload]
+        dims = _FLIPS.get(call.node.target) or call.get("dims")
         dims = [dims] if isinstance(dims, int) else dims
         return [Take(a, torch.arange(shape[a]).flip(0), shape[a]) for a in (_axis(d, len(shape)) for d in dims)]
 
@@ -413,7 +420,7 @@ class Select(AlongAxis):
         return [set_argument(call, "index", int(index[0]))]
 
 
-@op_rule("repeat", aten.repeat.default, torch.tile, "tile")
+@op_rule("repeat", aten.repeat.default, torch.tile, "tile", aten.tile.default)
 class Repeat(Movement):
     """Tile axes: the channels of a tiled axis appear several times."""
 
