@@ -3,7 +3,14 @@
 if __name__ != "srfx.passes":
     raise ImportError(f"this package is srfx.passes, not {__name__!r}: use `import srfx.passes`")
 
-from srfx.passes import bake_masks, compact_channels, drop_noops, fold_parameter_math, functionalize  # noqa: F401
+from srfx.passes import (  # noqa: F401
+    bake_masks,
+    compact_channels,
+    drop_noops,
+    fold_parameter_math,
+    functionalize,
+    split_fused_projections,
+)
 from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
 from srfx.passes.pipeline import Pipeline, PipelineResult
 

@@ -40,6 +40,8 @@ class Pass(PassBase):
     """
 
     name: ClassVar[str] = ""
+    takes_hints: ClassVar[bool] = False
+    """Whether the pass needs shapes: then it takes ``hints``, one value for each placeholder."""
     recompiles: bool = True
     """A pipeline sets it to False and recompiles once at its end; ``ensures`` then has the graph only."""
 

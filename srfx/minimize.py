@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,13 +13,13 @@ from srfx.errors import VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import UNKNOWN, Survey, survey
-from srfx.passes import get_pass
+from srfx.passes import PASSES, PassResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
 from srfx.record.attach import attach
 from srfx.record.recorder import Recorder
 from srfx.verify import verify as run_verification
 
-CANONICALISE = ("bake-masks", "functionalize", "fold-parameter-math", "drop-noops")
+CANONICALISE = ("bake-masks", "functionalize", "fold-parameter-math", "drop-noops", "split-fused-projections")
 """Passes that bring a captured graph into the form the analyses read, in this order."""
 
 
@@ -82,7 +82,7 @@ def minimize(
     gm = captured.graph_module
     before = survey(gm, captured.inputs)
 
-    done = [(name, get_pass(name)(gm)) for name in CANONICALISE]
+    done = canonicalise(gm, before.inputs)
     canonical = survey(gm, before.inputs) if any(r.modified for _, r in done) else before
     assert_same_interface(before, canonical)
     recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of})
@@ -106,6 +106,17 @@ def minimize(
         if not found.ok:
             raise VerificationError(f"the minimized model computes something else: {found}")
     return gm
+
+
+def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> list[tuple[str, PassResult]]:
+    """Run the passes of `CANONICALISE` on a graph that the caller owns.
+
+    Args:
+        gm: a captured graph.
+        hints: one example or fake value for each placeholder, for the passes that need shapes.
+    """
+    options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
+    return [(name, get_pass(name, **options[name])(gm)) for name in CANONICALISE]
 
 
 def assert_same_interface(before: Survey, after: Survey) -> None:

@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from srfx.ir.capture import capture
 from srfx.ir.plan import Edit, Reason, Refusal
 from srfx.ir.shapes import hint_inputs
-from srfx.minimize import CANONICALISE, minimize
-from srfx.passes import get_pass
+from srfx.minimize import canonicalise, minimize
 from srfx.passes.compact_channels import CompactChannels
 from tests.snapshots import assert_unchanged, snapshot, trace
 
@@ -259,8 +258,7 @@ def plan_of(model: nn.Module, inputs: Inputs) -> Outcome:
     """Run the pipeline step by step; edits and refusals are those of the last pass, which cuts."""
     captured = capture(model, inputs)
     gm = captured.graph_module
-    for name in CANONICALISE:
-        get_pass(name)(gm)
+    canonicalise(gm, captured.inputs)
     done = CompactChannels(captured.inputs if captured.inputs is not None else hint_inputs(gm))(gm)
     return Outcome(gm, list(done.edits), list(done.refusals))
 

@@ -29,6 +29,9 @@ class Reason(str, Enum):
     GROWS = "folding would make the model larger"
     MUTATION = "an in-place write that is read under another name"
     DATA_DEPENDENT = "the size or index depends on data"
+    OTHER_READERS = "the fused value is also read as a whole"
+    COMPUTED_WEIGHT = "the weight is computed in the graph"
+    UNRECOGNISED_CALL = "the arguments of the call are not known when the graph is read"
     USER_REQUEST = "pinned by the caller"
 
 
