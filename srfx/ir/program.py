@@ -49,6 +49,7 @@ class Program:
             self._params.setdefault(id(tensor), Param(tensor)).names.append(name)
         self._attributes: dict[fx.Node, Param] = {}
         self._count_sites()
+        self.independent = self._independent()
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -74,6 +75,14 @@ class Program:
 
     def is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.hints.get(node), Tensor)
+
+    def _independent(self) -> set[fx.Node]:
+        """Nodes that no input reaches, not even by its sizes."""
+        found: set[fx.Node] = set()
+        for node in self.gm.graph.nodes:
+            if node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return found
 
     def _count_sites(self) -> None:
         uses: Counter[int] = Counter()

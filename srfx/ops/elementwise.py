@@ -89,7 +89,9 @@ class Elementwise(OpRule):
             return None
         for value in operands:
             others = [call.shape(v) for v in operands if v is not value]
-            if not isinstance(value, fx.Node) or not facts.constancy(value).is_known:
+            if not isinstance(value, fx.Node) or value in call.program.independent:
+                continue  # stored already
+            if not facts.constancy(value).is_known:
                 continue
             if tuple(torch.broadcast_shapes(*others)) == call.out_shape and call.output.dtype == _promoted(call, operands, value):
                 return value
@@ -101,7 +103,8 @@ class Elementwise(OpRule):
             return []
         constant = facts.constancy(operand)
         value = constant.value.expand(torch.broadcast_shapes(constant.value.shape, constant.varies.shape))
-        value = facts.compact(value, facts.fields(operand), call.shape(operand))
+        fields = {a: f for a, f in facts.fields(operand).items() if call.shape(operand)[a] > 1}
+        value = facts.compact(value, fields, call.shape(operand))
         neutral = self.neutral(call, operand, value)
         if neutral is not None:
             return [Bypass(call.node.name, neutral.name)]

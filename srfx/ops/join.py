@@ -41,8 +41,13 @@ class Concat(OpRule):
     def label(self, call: Call, labels: Labeller) -> Fields:
         axis, rank, site = self.axis(call), len(call.out_shape), call.node.name
         parts = [(labels.of(v), call.shape(v)) for v in self.parts(call)]
-        tracked = any(axis in f for f, _ in parts)
+        # one position (a class token) does not make an axis of tokens a channel axis
+        tracked = any(axis in f and s[axis] > 1 for f, s in parts) or all(axis in f for f, _ in parts)
         joined: Fields = {}
+        if not tracked:
+            for f, _ in parts:
+                if axis in f:
+                    labels.table.pin(f[axis], site, Reason.UNTRACKED_AXIS.name)
         if tracked:
             pieces = [f[axis] if axis in f else self._untracked(labels, s, axis, site) for f, s in parts]
             joined[axis] = _cat(pieces, axis)
