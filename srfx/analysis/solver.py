@@ -67,7 +67,7 @@ def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
         for labels in facts.labeller.required.get(value, ()) if isinstance(value, fx.Node) else ():
             wanted[rep[labels]] = True
         fields = facts.labeller.fields.get(value)
-        if isinstance(value, Param) or not isinstance(fields, dict):
+        if not isinstance(fields, dict):
             continue
         for labels in fields.values():
             held = rep[labels]
