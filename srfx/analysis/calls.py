@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from srfx.ir.call import Call
-from srfx.ir.effects import is_mutating
+from srfx.ir.effects import is_mutating, updates_statistics
+from srfx.ir.plan import Reason
 from srfx.ir.program import Program
 from srfx.ir.shapes import UNKNOWN
 from srfx.ops.registry import resolve
@@ -36,10 +37,22 @@ def sites(program: Program) -> list[Site]:
         if node.op not in _CALLS:
             continue
         rule, call = resolve(node, program)
-        if is_mutating(node) or _depends_on_data(node, program):
-            rule = Unknown()
+        barrier = _barrier(node, call, program)
+        if barrier is not None:
+            rule = Unknown(barrier)
         found.append(Site(node, rule, call))
     return found
+
+
+def _barrier(node: fx.Node, call: Call, program: Program) -> Reason | None:
+    """Why this very call is none that a rule can speak for."""
+    if call.module is not None and (call.module._forward_hooks or call.module._forward_pre_hooks):
+        return Reason.OPAQUE_HOOK
+    if updates_statistics(node):
+        return Reason.TRAINING_MODE
+    if is_mutating(node):
+        return Reason.MUTATION
+    return Reason.DATA_DEPENDENT if _depends_on_data(node, program) else None
 
 
 def _depends_on_data(node: fx.Node, program: Program) -> bool:

@@ -85,9 +85,16 @@ class OpRule:
 
 
 class Unknown(OpRule):
-    """An op without a rule: a barrier, taken to have effects, named in the report."""
+    """An op without a rule, or a call that its rule does not cover: a barrier, taken to have effects.
+
+    Args:
+        barrier: why; UNKNOWN_OP is named in the report.
+    """
 
     effect = Effect.IMPURE
+
+    def __init__(self, barrier: Reason = Reason.UNKNOWN_OP) -> None:
+        self.barrier = barrier
 
 
 def everything(rank: int) -> Tensor:
