@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from srfx.errors import VerificationError
+from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import UNKNOWN, Survey, survey
@@ -94,7 +94,7 @@ def minimize(
     assert compact.facts is not None
     recorder.compaction(compact.name, edits, compact.facts)
 
-    after = survey(gm, before.inputs)
+    after = survey_result(gm, before.inputs)
     assert_same_interface(before, after)
     forget_shapes(canonical, after)
     record = recorder.record(gm, after)
@@ -117,6 +117,18 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> list
     """
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
     return [(name, get_pass(name, **options[name])(gm)) for name in CANONICALISE]
+
+
+def survey_result(gm: fx.GraphModule, inputs: list[Any]) -> Survey:
+    """The values of a rewritten graph.
+
+    Raises:
+        AssertionError: it does not run on inputs on which the original did; a bug of a pass.
+    """
+    try:
+        return survey(gm, inputs)
+    except CaptureError as error:
+        raise AssertionError(f"the rewritten graph does not run: {error}") from error
 
 
 def assert_same_interface(before: Survey, after: Survey) -> None:

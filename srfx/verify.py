@@ -52,7 +52,7 @@ class Verification:
         native_after: ``after`` in its own dtype.
         dtype: the lowest float dtype among the weights.
         error_bound: 1e-9 for float64 models; else the folded biases have been rounded to ``dtype``, and the
-            error may be 16 eps or 4 times ``native_before``, whichever is more.
+            error may be 16 eps or ``native_before``, whichever is more (folding rounds once).
         native_bound: 2 times ``native_before`` plus 16 eps.
         n_mismatches: elements of integer and boolean outputs that differ in float64.
         n_batches: how many batches were compared.
@@ -192,7 +192,7 @@ class _Worst:
             self.native_before,
             self.native_after,
             dtype,
-            EXACT if dtype == torch.float64 else max(16 * eps, 4 * base),
+            EXACT if dtype == torch.float64 else max(16 * eps, base),
             2 * base + 16 * eps,
             self.n_mismatches,
             len(self.shapes),
