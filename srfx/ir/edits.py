@@ -173,6 +173,31 @@ class ReplaceOperand(GraphEdit):
 
 
 @dataclass(frozen=True)
+class PickFromTable(GraphEdit):
+    """This call reads only the kept positions of node ``operand``, of another set for each head where they differ.
+
+    ``selections``: (axis of the result, index); an index of one axis selects, a ragged one gathers and broadcasts.
+    """
+
+    operand: str
+    path: str
+    selections: tuple[tuple[int, Tensor], ...]
+    rank: int
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, table = editor.nodes[self.node], editor.nodes[self.operand]
+        graph, picked = editor.gm.graph, editor.nodes[self.operand]
+        for axis, index in self.selections:
+            set_attr(editor.gm, f"{self.path}_{axis}", index)
+            stored = editor.attribute_node(f"{self.path}_{axis}", node)
+            function = torch.index_select if index.dim() == 1 else torch.take_along_dim
+            args = (picked, axis - self.rank, stored) if index.dim() == 1 else (picked, stored, axis - self.rank)
+            with graph.inserting_before(node):
+                picked = graph.call_function(function, args)
+        node.replace_input_with(table, picked)
+
+
+@dataclass(frozen=True)
 class Bypass(GraphEdit):
     """The call computes its operand ``by`` and goes."""
 

@@ -27,6 +27,7 @@ class Reason(str, Enum):
     OUTPUT_LAYOUT = "the output's channels spread over several axes"
     GRAPH_INPUT = "the interface does not change"
     GROWS = "folding would make the model larger"
+    CONSTANT_TABLE = "a constant table stays whole, its readers pick from it"
     MUTATION = "an in-place write that is read under another name"
     DATA_DEPENDENT = "the size or index depends on data"
     OTHER_READERS = "the fused value is also read as a whole"

@@ -50,6 +50,7 @@ class Program:
         self._attributes: dict[fx.Node, Param] = {}
         self._count_sites()
         self.independent = self._independent()
+        self.tables = self._tables()
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -82,6 +83,23 @@ class Program:
         for node in self.gm.graph.nodes:
             if node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes):
                 found.add(node)
+        return found
+
+    def _tables(self) -> set[Value]:
+        """Tensors made from sizes, literals and stored constants alone: no input's data, nothing that trains."""
+        found: set[Value] = set()
+        ready: set[fx.Node] = set()
+        for node in self.gm.graph.nodes:
+            hint, value = self.hints.get(node), self.value(node)
+            if isinstance(value, Param):
+                made = not isinstance(value.tensor, torch.nn.Parameter)
+            else:
+                is_number = isinstance(hint, (int, float, bool, torch.Size, torch.dtype, torch.device))
+                made = is_number or (node.op.startswith("call") and all(n in ready for n in node.all_input_nodes))
+            if made:
+                ready.add(node)
+                if isinstance(hint, Tensor) and hint.is_floating_point():
+                    found.add(value)
         return found
 
     def _count_sites(self) -> None:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import Bypass, GraphEdit, ReplaceOperand, SetArgument
+from srfx.ir.edits import Bypass, GraphEdit, PickFromTable, ReplaceOperand, SetArgument
+from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
-from srfx.lattice.movement import Fields
+from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.registry import has_rule, op_rule
 from srfx.ops.rule import Effect, OpRule
@@ -38,8 +39,25 @@ class Elementwise(OpRule):
         if not isinstance(call.output, Tensor):
             self._label_integers(call, labels)
             return {}
-        found = [(labels.of(v), call.shape(v)) for v in self.operands(call)]
+        found = [self._followed(call, labels, v) for v in self.operands(call)]
         return labels.unify(found, len(call.out_shape), call.node.name)
+
+    def _followed(self, call: Call, labels: Labeller, value: Value) -> tuple[Fields, Shape]:
+        """Fields and shape of an operand; a table that others are as wide as is not tied, but picked from."""
+        fields, shape = labels.of(value), call.shape(value)
+        picked = self.picked_axes(call, value)
+        labels.pin(value, call.node.name, Reason.CONSTANT_TABLE, picked)
+        return {a: f for a, f in fields.items() if a not in picked}, tuple(1 if a in picked else n for a, n in enumerate(shape))
+
+    def picked_axes(self, call: Call, value: Value) -> list[int]:
+        """Axes of a constant table (rotary angles, a fixed bias) along which some computed operand is as wide."""
+        if value not in call.program.tables:
+            return []
+        shape, rank = call.shape(value), len(call.out_shape)
+        others = [call.shape(v) for v in self.operands(call) if v not in call.program.tables]
+        aligned = [(1,) * (rank - len(s)) + s for s in others]
+        shift = rank - len(shape)
+        return [a for a, n in enumerate(shape) if n > 1 and any(s[a + shift] == n for s in aligned)]
 
     def _label_integers(self, call: Call, labels: Labeller) -> None:
         if not any(labels.is_dynamic(n) for n in call.node.all_input_nodes):
@@ -98,9 +116,12 @@ class Elementwise(OpRule):
         return None
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        operand = self.constant_operand(call, facts) if isinstance(call.output, Tensor) else None
-        if operand is None:
+        if not isinstance(call.output, Tensor):
             return []
+        operand = self.constant_operand(call, facts)
+        picks = self._picks(call, facts)
+        if operand is None:
+            return picks
         constant = facts.constancy(operand)
         value = constant.value.expand(torch.broadcast_shapes(constant.value.shape, constant.varies.shape))
         fields = {a: f for a, f in facts.fields(operand).items() if call.shape(operand)[a] > 1}
@@ -109,7 +130,20 @@ class Elementwise(OpRule):
         if neutral is not None:
             return [Bypass(call.node.name, neutral.name)]
         stored = value.to(call.program.hints[operand].dtype).contiguous()
-        return [ReplaceOperand(call.node.name, operand.name, f"{call.node.name}_constant", stored)]
+        return [*picks, ReplaceOperand(call.node.name, operand.name, f"{call.node.name}_constant", stored)]
+
+    def _picks(self, call: Call, facts: FactTable) -> list[GraphEdit]:
+        """A table gives each head, and each channel, the positions that are left of them."""
+        fields, rank = facts.fields(call.node), len(call.out_shape)
+        found: list[GraphEdit] = []
+        for node in call.node.all_input_nodes:
+            value = call.program.value(node)
+            shift = rank - len(call.shape(value)) if call.program.is_tensor(node) else 0
+            picked = {a + shift for a in self.picked_axes(call, value)} if call.program.is_tensor(node) else set()
+            steps = [(a, i) for a, i in facts.steps(fields, call.out_shape) if a in picked]
+            if steps:
+                found.append(PickFromTable(call.node.name, node.name, f"{call.node.name}_{node.name}", tuple(steps), rank))
+        return found
 
     def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
         """The other operand, when the constant one changes nothing."""
