@@ -13,7 +13,7 @@ from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import UNKNOWN, Survey, survey
-from srfx.passes import PASSES, PassResult, get_pass
+from srfx.passes import PASSES, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
 from srfx.record.attach import attach
 from srfx.record.recorder import Recorder
@@ -83,11 +83,11 @@ def minimize(
     before = survey(gm, captured.inputs)
 
     done = canonicalise(gm, before.inputs)
-    canonical = survey(gm, before.inputs) if any(r.modified for _, r in done) else before
+    canonical = survey(gm, before.inputs) if done.modified else before
     assert_same_interface(before, canonical)
     recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of})
-    for name, result in done:
-        recorder.refusals(name, result.refusals)
+    for name, refusal in done.refusals:
+        recorder.refusals(name, [refusal])
 
     compact = CompactChannels(before.inputs, multiple_of, canonical.values)
     edits = compact(gm).edits
@@ -108,15 +108,15 @@ def minimize(
     return gm
 
 
-def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> list[tuple[str, PassResult]]:
-    """Run the passes of `CANONICALISE` on a graph that the caller owns.
+def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> PipelineResult:
+    """Run the passes of `CANONICALISE`, each to its fixpoint, on a graph that the caller owns.
 
     Args:
         gm: a captured graph.
         hints: one example or fake value for each placeholder, for the passes that need shapes.
     """
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
-    return [(name, get_pass(name, **options[name])(gm)) for name in CANONICALISE]
+    return Pipeline([get_pass(name, **options[name]) for name in CANONICALISE])(gm)
 
 
 def survey_result(gm: fx.GraphModule, inputs: list[Any]) -> Survey:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from srfx.ir.aliases import mutation_barriers
 from srfx.ir.call import Call
-from srfx.ir.effects import is_mutating, updates_statistics
+from srfx.ir.effects import updates_statistics
 from srfx.ir.plan import Reason
 from srfx.ir.program import Program
 from srfx.ir.shapes import UNKNOWN
@@ -33,11 +34,12 @@ class Site:
 def sites(program: Program) -> list[Site]:
     """All calls in graph order; an in-place write that is left over, or a size that depends on data, has no rule."""
     found = []
+    barred = mutation_barriers(program.gm)
     for node in program.nodes:
         if node.op not in _CALLS:
             continue
         rule, call = resolve(node, program)
-        barrier = _barrier(node, call, program)
+        barrier = Reason.MUTATION if node in barred else _barrier(node, call, program)
         if barrier is not None:
             rule = Unknown(barrier)
         found.append(Site(node, rule, call))
@@ -50,8 +52,6 @@ def _barrier(node: fx.Node, call: Call, program: Program) -> Reason | None:
         return Reason.OPAQUE_HOOK
     if updates_statistics(node):
         return Reason.TRAINING_MODE
-    if is_mutating(node):
-        return Reason.MUTATION
     return Reason.DATA_DEPENDENT if _depends_on_data(node, program) else None
 
 
