@@ -9,6 +9,7 @@ from srfx.passes import (  # noqa: F401
     drop_noops,
     fold_parameter_math,
     functionalize,
+    repeat_to_index_select,
     split_fused_projections,
 )
 from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass

@@ -218,7 +218,7 @@ def _regrouped(rule: Reshaping, step: Regroup, call: Call, track: Track) -> Iter
     wide = [o for o in outs if step.after[o] > 1]
     if isinstance(rule, Flatten) and not _is_plain(call, track.axis):
         return
-    if len(wide) > 1 and isinstance(rule, View) and not _is_fixed(step, call, ins, outs):
+    if len(wide) > 1 and isinstance(rule, View) and not is_fixed(step, call, ins, outs):
         return
     for o in wide:
         outer = prod(step.after[w] for w in wide if w < o)
@@ -258,7 +258,7 @@ def node_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
-def _is_fixed(step: Regroup, call: Call, ins: tuple[int, ...], outs: tuple[int, ...]) -> bool:
+def is_fixed(step: Regroup, call: Call, ins: tuple[int, ...], outs: tuple[int, ...]) -> bool:
     """Whether a view splits this axis for every batch size, not only at the hint.
 
     Literal sizes are what they are; -1 or a computed size could take part of another axis, unless every other

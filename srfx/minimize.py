@@ -19,7 +19,14 @@ from srfx.record.attach import attach
 from srfx.record.recorder import Recorder
 from srfx.verify import verify as run_verification
 
-CANONICALISE = ("bake-masks", "functionalize", "fold-parameter-math", "drop-noops", "split-fused-projections")
+CANONICALISE = (
+    "bake-masks",
+    "functionalize",
+    "fold-parameter-math",
+    "drop-noops",
+    "split-fused-projections",
+    "repeat-to-index-select",
+)
 """Passes that bring a captured graph into the form the analyses read, in this order."""
 
 

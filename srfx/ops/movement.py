@@ -131,7 +131,8 @@ class Unflatten(Reshaping):
         return resized(call, facts, name, facts.fields(call.node), call.out_shape, _axis(call.get("dim"), rank))
 
 
-@op_rule("expand", torch.broadcast_to, "broadcast_to", aten.expand.default, "expand_as", aten.expand_as.default)
+@op_rule("expand", torch.broadcast_to, "broadcast_to", aten.broadcast_to.default, aten.expand.default, "expand_as",
+         aten.expand_as.default)  # fmt: skip
 class Expand(Movement):
     """Repeat axes of size 1; leading axes may be new."""
 
