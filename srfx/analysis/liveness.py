@@ -27,7 +27,10 @@ def liveness(facts: FactTable, sites: list[Site]) -> None:
 
 
 def _demand_outputs(facts: FactTable) -> None:
-    """Varying channels of every output; constants are restored there.  Anything that is no float tensor stays."""
+    """Varying channels of every output; constants are restored there, but for those that are kept anyway.
+
+    Anything that is no float tensor stays.
+    """
     for node in facts.program.gm.graph.output_node().all_input_nodes:
         value = facts.program.value(node)
         found = facts.constants.get(node)
@@ -37,7 +40,8 @@ def _demand_outputs(facts: FactTable) -> None:
         elif facts.program.is_tensor(node) and not isinstance(value, Param):
             c = facts.constancy(node)
             fields = facts.fields(node)
-            _add(facts, {node: c.varies.cpu() if fields else torch.ones_like(c.varies)})
+            wanted = c.varies.cpu() | facts.kept_channels(node)
+            _add(facts, {node: wanted if fields else torch.ones_like(c.varies)})
 
 
 def _add(facts: FactTable, demand: Demand) -> None:
