@@ -129,8 +129,11 @@ class CompactTensor(GraphEdit):
 
     paths: tuple[str, ...]
     selections: tuple[tuple[int, Tensor], ...]
+    is_done: bool = False  # a `SetTensor` of the same plan brings the cut tensor already
 
     def apply(self, editor: GraphEditor) -> None:
+        if self.is_done:
+            return
         old = get_attr(editor.gm, self.paths[0])
         new = old.detach()
         for axis, index in self.selections:
@@ -348,7 +351,19 @@ def take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 def put_tensor(gm: fx.GraphModule, paths: Iterable[str], tensor: Tensor, like: Tensor) -> None:
-    """Store one tensor under all its names, a parameter where ``like`` is one."""
+    """Store one tensor under all its names: a parameter where ``like`` is one, in its memory format."""
+    for memory_format in (torch.channels_last, torch.channels_last_3d):
+        if like.dim() == tensor.dim() and _is_only(like, memory_format):
+            tensor = tensor.contiguous(memory_format=memory_format)
     new = torch.nn.Parameter(tensor, like.requires_grad) if isinstance(like, torch.nn.Parameter) else tensor
     for path in paths:
         set_attr(gm, path, new)
+
+
+def _is_only(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    n_axes = 4 if memory_format is torch.channels_last else 5
+    return (
+        tensor.dim() == n_axes
+        and tensor.is_contiguous(memory_format=memory_format)
+        and not tensor.is_contiguous()
+    )
