@@ -54,6 +54,8 @@ def _settle(facts: FactTable, found: list[Site]) -> None:
     while True:
         liveness(facts, found)
         seed = live_labels(facts) | facts.kept
+        if facts.demanded is None:
+            facts.demanded = seed
         kept = facts.classes.close(seed | _present(facts, found, seed) | _sustained(facts, found))
         if torch.equal(kept, facts.kept):
             return

@@ -150,6 +150,8 @@ class FactTable:
     closed: set[Hashable] = field(default_factory=set)
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
+    demanded: Tensor | None = None
+    """What live channels demand when nothing is kept besides, by representative; the rest of ``kept`` is revived."""
 
     # ------------------------------------------------------------------ facts of one value
     def fields(self, value: Value) -> Fields:

@@ -36,7 +36,9 @@ def _keep(gm: fx.GraphModule) -> None:
 
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
     restore, (state, *rest) = fx.GraphModule.__reduce__(gm)
-    return _restore, (restore, {k: v for k, v in state.items() if k != "_deepcopy_hooks"}, rest, gm.meta[KEY])
+    state = {key: value for key, value in state.items() if key != "_deepcopy_hooks"}
+    state["_graphmodule_cls_name"] = type(gm).__name__  # read by fx when it loads
+    return _restore, (restore, state, rest, gm.meta[KEY])
 
 
 def _restore(restore: Any, state: dict[str, Any], rest: list[Any], record: Record) -> fx.GraphModule:

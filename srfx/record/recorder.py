@@ -157,19 +157,15 @@ def _flowing(facts: FactTable) -> Tensor:
 
 
 def revived(facts: FactTable) -> Counter[str]:
-    """Dead classes that stay, by reason: what each constraint adds to the seed of live channels."""
-    seed = live_labels(facts)
-    plain = dataclasses.replace(facts.classes, blocks=()).close(seed)
-    steps = [(Reason.BLOCK_COUNT, dataclasses.replace(facts.classes, multiple_of=1).close(seed))]
-    steps.append((Reason.MULTIPLE_OF, facts.classes.close(seed)))
-    steps.append((Reason.LAST_CHANNEL, facts.kept))
-    found: Counter[str] = Counter()
-    before = int(plain.sum())
-    for reason, kept in steps:
-        count = int(kept.sum())
-        if count > before:
-            found[reason.name] = count - before
-        before = max(before, count)
+    """Classes that stay although nothing demands them, by the constraint that keeps them."""
+    assert facts.demanded is not None
+    classes, found = facts.classes, Counter[str]()
+    pinned = int(dataclasses.replace(classes, blocks=()).close(facts.demanded).sum())
+    in_blocks = int(dataclasses.replace(classes, multiple_of=1).close(facts.demanded).sum())
+    if in_blocks > pinned:
+        found[Reason.BLOCK_COUNT.name] = in_blocks - pinned
+    if classes.multiple_of > 1 and int(facts.kept.sum()) > in_blocks:
+        found[Reason.MULTIPLE_OF.name] = int(facts.kept.sum()) - in_blocks
     return found
 
 
