@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,33 +77,50 @@ def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
     """All edits for the kept set in ``facts``, in the order in which they have to be applied."""
     present = set(executed(facts, sites))
     computed = [s for s in sites if s.node in present]
-    fold = [e for s in computed for e in s.rule.fold(s.call, facts)]
-    created = {e.paths[0]: e for e in fold if isinstance(e, SetTensor) and e.creates}
-    compact = [*_compact_parameters(facts), *_compact_created(facts, created)]
+    fields = _fields_by_path(facts)
+    fold = [_cut(facts, edit, fields) for s in computed for edit in s.rule.fold(s.call, facts)]
+    written = {path: edit for edit in fold if isinstance(edit, SetTensor) for path in edit.paths}
+    compact = _compact_tensors(facts, fields, written)
     arguments = [e for s in sites for e in s.rule.compact(s.call, facts) if s.node in present or isinstance(e, FreezeSize)]
     frozen = [e for e in arguments if isinstance(e, FreezeSize)]
     return [*fold, *compact, *(e for e in arguments if not isinstance(e, FreezeSize)), *_restore(facts), *frozen]
 
 
-def _compact_parameters(facts: FactTable) -> list[GraphEdit]:
-    found: list[GraphEdit] = []
+def _fields_by_path(facts: FactTable) -> dict[str, Fields]:
+    """Labels of every stored tensor, and of those that folding may create, by attribute path."""
+    found = dict(facts.labeller.slots)
     for param in facts.program.params():
         fields = facts.labeller.fields.get(param)
         if isinstance(fields, dict):
-            found += _selection(facts, tuple(param.names), fields, param.shape)
+            found.update(dict.fromkeys(param.names, fields))
     return found
 
 
-def _compact_created(facts: FactTable, created: dict[str, SetTensor]) -> list[GraphEdit]:
+def _cut(facts: FactTable, edit: GraphEdit, fields: dict[str, Fields]) -> GraphEdit:
+    """A new value is cut as soon as it is made, so that only one layer at a time stands at its original size."""
+    if not isinstance(edit, SetTensor):
+        return edit
+    return replace(edit, tensor=facts.compact(edit.tensor, fields[edit.paths[0]], tuple(edit.tensor.shape)))
+
+
+def _compact_tensors(facts: FactTable, fields: dict[str, Fields], written: dict[str, SetTensor]) -> list[GraphEdit]:
     found: list[GraphEdit] = []
-    for path, edit in created.items():
-        found += _selection(facts, (path,), facts.labeller.slots[path], tuple(edit.tensor.shape))
+    for param in facts.program.params():
+        names = tuple(param.names)
+        if names and names[0] in fields:
+            found += _selection(facts, names, fields[names[0]], param.shape, names[0] in written)
+    for path, edit in written.items():
+        if edit.creates:
+            shape = facts.labeller.slots[path][0].shape
+            found += _selection(facts, (path,), fields[path], tuple(shape), True)
     return found
 
 
-def _selection(facts: FactTable, paths: tuple[str, ...], fields: Fields, shape: tuple[int, ...]) -> list[GraphEdit]:
+def _selection(
+    facts: FactTable, paths: tuple[str, ...], fields: Fields, shape: tuple[int, ...], is_done: bool
+) -> list[GraphEdit]:
     steps = facts.steps(fields, shape)
-    return [CompactTensor("", paths, tuple(steps))] if steps else []
+    return [CompactTensor("", paths, tuple(steps), is_done)] if steps else []
 
 
 def _restore(facts: FactTable) -> list[GraphEdit]:

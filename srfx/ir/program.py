@@ -45,6 +45,7 @@ class Program:
         self.hints = hints
         self.modules: dict[str, torch.nn.Module] = dict(gm.named_modules(remove_duplicate=False))
         self._params: dict[int, Param] = {}
+        self._finite: dict[Param, bool] = {}
         for name, tensor in _named_tensors(gm):
             self._params.setdefault(id(tensor), Param(tensor)).names.append(name)
         self._attributes: dict[fx.Node, Param] = {}
@@ -73,6 +74,14 @@ class Program:
         if isinstance(value, Param):
             return value.shape
         return tuple(int(s) for s in self.hints[value].shape)
+
+    def is_finite(self, param: Param) -> bool:
+        """Whether a stored tensor holds no inf and no nan."""
+        if param not in self._finite:
+            tensor = param.tensor.detach()
+            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            self._finite[param] = bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
+        return self._finite[param]
 
     def is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.hints.get(node), Tensor)
