@@ -38,12 +38,14 @@ EMITS = ("r", "mu_r", "one")
 class Constancy:
     """Which channels vary, and the value of those that do not (float64, or the parameter itself).
 
-    ``affine`` refines some of the varying channels; whoever does not know it may ignore it.
+    ``affine`` refines some of the varying channels, and ``sums_to_one`` names an axis along which the value sums to
+    one; whoever does not know them may ignore them.
     """
 
     varies: Tensor
     value: Tensor
     affine: Affine | None = None
+    sums_to_one: int | None = None
 
     @classmethod
     def top(cls, rank: int) -> Constancy:
@@ -93,4 +95,4 @@ class Constancy:
         if value.is_floating_point():
             varies = varies | ~torch.isfinite(value)
         affine = self.affine if self.affine is not None and self.affine.axis in keep else None
-        return Constancy(varies, torch.where(varies, 0, value), affine)
+        return Constancy(varies, torch.where(varies, 0, value), affine, self.sums_to_one)

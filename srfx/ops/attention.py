@@ -23,6 +23,7 @@ from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.contraction import MatmulWithParameter
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.invariance import is_shift_invariant
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import set_argument
@@ -66,7 +67,13 @@ class Product(OpRule):
         if min(len(call.shape(a)), len(call.shape(b))) < 2:
             return super().forward(call, facts)
         terms = self._meets(_may_be_nonzero(facts, a), _may_be_nonzero(facts, b))
-        return Constancy(terms, torch.zeros(terms.shape, dtype=torch.float64))
+        value = torch.zeros(terms.shape, dtype=torch.float64)
+        ca, cb = facts.constancy(a), facts.constancy(b)
+        if ca.sums_to_one == len(call.shape(a)) - 1 and cb.value.shape[-2] == cb.varies.shape[-2] == 1:
+            # rows of a sum to one and a column of b is one number: that number comes out
+            same = (~cb.varies.cpu() & (cb.value != 0).cpu()).expand(terms.shape)
+            terms, value = terms & ~same, torch.where(same, cb.value.double().cpu(), value)
+        return Constancy(terms, value)
 
     def _meets(self, a: Tensor, b: Tensor) -> Tensor:
         """Where some term of the sum can differ from 0."""
@@ -78,6 +85,8 @@ class Product(OpRule):
         if min(len(call.shape(a)), len(call.shape(b))) < 2 or not isinstance(live, Tensor):
             return super().backward(call, live, facts)
         na, nb = _may_be_nonzero(facts, a), _may_be_nonzero(facts, b)
+        if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):
+            nb = nb & facts.constancy(b).varies.cpu()  # a lane constant over all keys shifts a query's scores alike
         kept_a, kept_b = facts.kept_channels(a), facts.kept_channels(b)
         # a term is needed where both factors can be nonzero; a zero factor must be 0 where its channel stays
         used_a, used_b = live.any(-1, keepdim=True), live.any(-2, keepdim=True)

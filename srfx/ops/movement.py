@@ -50,7 +50,11 @@ class Movement(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         before, steps = facts.constancy(self.source(call)), self.steps(call)
         affine = self.carry_affine(call, before.affine)
-        return Constancy(walk(steps, before.varies, False), walk(steps, before.value, self.fill(call)), affine)
+        total = None if before.sums_to_one is None else follow(steps, before.sums_to_one)
+        if any(isinstance(s, Take) and bool((s.source < 0).any()) for s in steps):
+            total = None
+        varies, value = walk(steps, before.varies, False), walk(steps, before.value, self.fill(call))
+        return Constancy(varies, value, affine, total)
 
     def carry_affine(self, call: Call, affine: Affine | None) -> Affine | None:
         """The operand's affine channels, if their axis arrives whole; new positions elsewhere make a border."""

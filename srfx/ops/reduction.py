@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +238,13 @@ class AlongOne(OpRule):
         return {source: whole & torch.ones(facts.layout(source), dtype=torch.bool)}
 
 
+class Softmax(AlongOne):
+    """softmax: the result sums to one along its axis."""
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        return replace(Constancy.top(len(call.out_shape)), sums_to_one=self.axis(call))
+
+
 @op_rule(F.glu, nn.GLU, aten.glu.default)
 class GLU(OpRule):
     """y = a * sigmoid(b), the halves of one axis; their channels are tied and stay in equal numbers."""
@@ -288,9 +296,12 @@ def _register() -> None:
         op_rule(*spellings(name))(Reduction)
     op_rule(torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)(MaxMin)
     op_rule(*spellings("linalg_vector_norm"), *spellings("norm"), signature=("input", "p", "dim", "keepdim"))(Reduction)
-    for name in ("softmax", "log_softmax", "softmin", "_softmax", "_log_softmax"):
+    for name in ("softmax", "_softmax"):
+        op_rule(*spellings(name))(Softmax)
+    for name in ("log_softmax", "softmin", "_log_softmax"):
         op_rule(*spellings(name))(AlongOne)
-    op_rule(nn.Softmax, nn.LogSoftmax, nn.Softmin)(AlongOne)
+    op_rule(nn.Softmax)(Softmax)
+    op_rule(nn.LogSoftmax, nn.Softmin)(AlongOne)
     for name in ("cumsum", "cumprod", "sort", "argsort", "cummax", "cummin", "logcumsumexp"):
         op_rule(*spellings(name), default_dim=-1)(AlongOne)
     op_rule(F.normalize, signature=("input", "p", "dim"), default_dim=1)(AlongOne)
