@@ -300,6 +300,25 @@ class IndexInstead(GraphEdit):
 
 
 @dataclass(frozen=True)
+class ReorderOperand(GraphEdit):
+    """The call reads positions ``index`` of its operand along ``axis`` instead of the operand itself."""
+
+    operand: str
+    axis: int
+    path: str
+    index: Tensor
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        operand = editor.nodes[self.operand]
+        set_attr(editor.gm, self.path, self.index)
+        index = editor.attribute_node(self.path, node)
+        with graph.inserting_before(node):
+            new = graph.call_function(torch.index_select, (operand, self.axis, index))
+        node.replace_input_with(operand, new)
+
+
+@dataclass(frozen=True)
 class RestoreOutput(GraphEdit):
     """An output regains its removed channels: gather the kept ones, put constants elsewhere.
 

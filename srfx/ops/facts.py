@@ -209,7 +209,9 @@ class FactTable:
 
     def steps(self, fields: Fields, shape: Shape) -> list[tuple[int, Tensor]]:
         """(axis, index) selections that compact a tensor laid out like ``fields``; inner ragged axes come first."""
-        found = [(a, self.index(fields, a)) for a in sorted(fields) if self.changed(fields, a, shape[a])]
+        found = [(a, self.index(fields, a)) for a in sorted(fields)]
+        # as many may stay as there were, in another order: a norm puts the statistics it emits behind its channels
+        found = [(a, i) for a, i in found if self.changed(fields, a, shape[a]) or not _is_identity(i)]
         return sorted(found, key=lambda step: step[1].dim() == 1)
 
     def compact(self, tensor: Tensor, fields: Fields, shape: Shape) -> Tensor:
@@ -219,10 +221,20 @@ class FactTable:
                 tensor = take(tensor, axis, index)
         return tensor
 
+    def refuse_constants(self, node: fx.Node, value: Value, axes: Iterable[int], reason: Reason) -> None:
+        """Note the refusal when constant channels stay along one of these axes of an operand."""
+        varies = self.constancy(value).varies
+        if any(a in self.fields(value) for a in axes) and not bool(varies.all()):
+            self.refuse(node, reason)
+
     def refuse(self, node: fx.Node, reason: Reason, detail: str = "") -> None:
         refusal = Refusal(node.name, reason, detail)
         if refusal not in self.refusals:
             self.refusals.append(refusal)
+
+
+def _is_identity(index: Tensor) -> bool:
+    return index.dim() > 1 or bool((index == torch.arange(index.numel())).all())
 
 
 def layout_of(fields: Fields, rank: int) -> Shape:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit, Ref, Retarget
+from srfx.ir.edits import GraphEdit, Ref, ReorderOperand, Retarget
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
@@ -227,6 +227,15 @@ class Splitting(OpRule):
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return [self.source(call)]
 
+    def in_order(self, call: Call, facts: FactTable) -> list[GraphEdit]:
+        """An edit that puts the operand's kept channels into their original order, when they stand in another."""
+        axis, source = self.axis(call), self.source(call)
+        index = facts.index(facts.fields(source), axis) if axis in facts.fields(source) else torch.arange(1)
+        if index.dim() > 1 or bool((index.diff() > 0).all()):
+            return []
+        order = index.argsort()
+        return [ReorderOperand(call.node.name, call["input"].name, axis, f"{call.node.name}_order", order)]
+
     def counts(self, call: Call, facts: FactTable) -> list[int] | None:
         """Positions that stay in each result, None when nothing goes."""
         axis, source = self.axis(call), self.source(call)
@@ -245,11 +254,12 @@ class Split(Splitting):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         counts = self.counts(call, facts)
         if counts is None:
-            return []
+            return self.in_order(call, facts)
         if call.node.target in (aten.split.Tensor, aten.split.sizes):
-            return [Retarget(call.node.name, aten.split_with_sizes.default, (counts, self.axis(call)))]
+            split = Retarget(call.node.name, aten.split_with_sizes.default, (counts, self.axis(call)))
+            return [*self.in_order(call, facts), split]
         name = next(n for n in ("sizes", "split_size", "split_size_or_sections", "split_sizes") if n in call.bound)
-        return [set_argument(call, name, counts)]
+        return [*self.in_order(call, facts), set_argument(call, name, counts)]
 
 
 @op_rule(torch.chunk, "chunk", aten.chunk.default, torch.tensor_split, "tensor_split", aten.tensor_split.sections,
@@ -262,9 +272,9 @@ class Chunk(Splitting):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         counts = self.counts(call, facts)
         if counts is None:
-            return []
+            return self.in_order(call, facts)
         target = aten.split_with_sizes.default if isinstance(call.node.target, torch._ops.OpOverload) else torch.split
-        return [Retarget(call.node.name, target, (counts, self.axis(call)))]
+        return [*self.in_order(call, facts), Retarget(call.node.name, target, (counts, self.axis(call)))]
 
 
 @op_rule(torch.unbind, "unbind", aten.unbind.int)
@@ -307,6 +317,8 @@ class GetItem(AlongAxis):
                 return found[index]
             return {}
         if not isinstance(call.output, Tensor):
+            if self._reads_tracked(call, labels):
+                labels.static.add(call.node)
             return {}
         parsed = self._parse(call)
         if parsed is None:
@@ -315,6 +327,9 @@ class GetItem(AlongAxis):
         fields = dict(labels.of(source))
         for axis in parsed.dynamic(labels):
             labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
+        if len(parsed.takes) > 1:  # a gather along one axis beside slices of others has no single plain form
+            for axis in parsed.gathered:
+                labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
         for axis, at in parsed.picked.items():
             if axis in fields:
                 labels.require(call.node, fields.pop(axis).index_select(axis, torch.tensor([at])).reshape(-1))
@@ -323,6 +338,17 @@ class GetItem(AlongAxis):
             for channel in required:
                 labels.require(call.node, channel)
         return fields
+
+    def _reads_tracked(self, call: Call, labels: Labeller) -> bool:
+        """Whether this is the size of an axis with channels, which is the same at every call of the network."""
+        node, index = call["input"], call.get("index")
+        if not isinstance(node, fx.Node) or node in labels.static:
+            return True
+        whole = (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1)
+        if not whole or not isinstance(index, int):
+            return False
+        source = call.program.value(node.args[0])  # type: ignore[arg-type]
+        return index % len(call.shape(source)) in labels.of(source)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         node = self._tuple(call)
@@ -374,6 +400,10 @@ class GetItem(AlongAxis):
         if not changed:
             return []
         entries = list(parsed.entries)
+        if any(axis in parsed.gathered for axis in changed):
+            (axis,) = parsed.takes
+            taken = facts.is_kept(fields[axis]).index_select(axis, parsed.takes[axis].source)
+            return [index_instead(call, call["input"], axis, positions(facts, fields, axis, parsed.takes[axis].source, taken))]
         for axis in changed:
             take = parsed.takes.get(axis) or Take(axis, torch.tensor([parsed.picked[axis]]), shape[axis])
             taken = facts.is_kept(fields[axis])
@@ -405,14 +435,18 @@ class Indexing:
         self.entry_of: dict[int, int] = {}
         self.picked: dict[int, int] = {}
         self.takes: dict[int, Take] = {}
+        self.gathered: list[int] = []
 
     @classmethod
-    def parse(cls, call: Call, shape: Shape) -> Indexing | None:
-        raw = call["index"]
-        raw = list(raw) if isinstance(raw, (tuple, list)) else [raw]
-        hinted = [call.hint(r) for r in raw]
-        if any(isinstance(h, (fx.Node, Tensor, list)) for h in hinted):
+    def parse(cls, call: Call, shape: Shape, index: Any = None) -> Indexing | None:
+        index = call["index"] if index is None else index
+        raw = list(index) if isinstance(index, tuple) else [index]
+        hinted = [_constant_index(call, r) for r in raw]
+        gathers = sum(isinstance(h, Tensor) for h in hinted)
+        if any(isinstance(h, fx.Node) for h in hinted) or gathers > 1:
             return None
+        if gathers and any(isinstance(h, int) or h is None for h in hinted):
+            return None  # torch then moves the gathered axis to the front, or adds axes
         consumed = sum(1 for h in hinted if h is not None and h is not Ellipsis)
         found, axis, kept = cls(), 0, []
         for entry, plain in zip(raw, hinted, strict=True):
@@ -435,10 +469,16 @@ class Indexing:
                 found.picked[axis] = at
                 found.steps.append(Take(axis, torch.tensor([at]), shape[axis]))
             else:
-                source = torch.tensor(list(range(shape[axis])[plain]), dtype=torch.long)
+                if isinstance(plain, Tensor):
+                    source = torch.where(plain < 0, plain + shape[axis], plain)
+                    found.gathered.append(axis)
+                    found.takes[axis] = Take(axis, source, shape[axis])
+                else:
+                    source = torch.tensor(list(range(shape[axis])[plain]), dtype=torch.long)
                 kept.append(source.numel())
                 if source.numel() != shape[axis]:
                     found.takes[axis] = Take(axis, source, shape[axis])
+                if axis in found.takes:
                     found.steps.append(found.takes[axis])
             axis += 1
         middle = list(shape)
@@ -460,10 +500,40 @@ class Indexing:
         found = []
         for axis, i in self.entry_of.items():
             raw = self.raw[i]
+            if axis in self.gathered:
+                continue
             bounds = (raw.start, raw.stop, raw.step) if isinstance(raw, slice) else (raw,)
             if any(labels.is_dynamic(b) for b in bounds):
                 found.append(axis)
         return found
+
+
+def _constant_index(call: Call, raw: Any) -> Any:
+    """An entry of an index with sizes as numbers and constant positions as a tensor [n]; other tensors stay nodes."""
+    if isinstance(raw, list) and raw and all(type(r) is int for r in raw):
+        return torch.tensor(raw)
+    value = call.as_value(raw)
+    if value is None:
+        plain = call.hint(raw)
+        return call.node if isinstance(plain, list) else plain  # a list of anything else is not followed
+    tensor = getattr(value, "tensor", None)
+    if isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.dtype in (torch.int32, torch.int64):
+        return tensor.detach().cpu().long()
+    return raw if isinstance(raw, fx.Node) else call.node
+
+
+@op_rule(aten.index.Tensor)
+class IndexTensor(GetItem):
+    """x[:, index] as export spells it: None for the axes that are taken whole."""
+
+    signature = ("input", "indices")
+
+    def _tuple(self, call: Call) -> fx.Node | None:
+        return None
+
+    def _parse(self, call: Call) -> Indexing | None:
+        index = tuple(slice(None) if i is None else i for i in call["indices"])
+        return Indexing.parse(call, call.shape(self.source(call)), index)
 
 
 # ------------------------------------------------------------------------------------------ padding and shuffles

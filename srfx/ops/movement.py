@@ -135,8 +135,8 @@ class Unflatten(Reshaping):
         return resized(call, facts, name, facts.fields(call.node), call.out_shape, _axis(call.get("dim"), rank))
 
 
-@op_rule("expand", torch.broadcast_to, "broadcast_to", aten.broadcast_to.default, aten.expand.default, "expand_as",
-         aten.expand_as.default)  # fmt: skip
+@op_rule("expand", torch.broadcast_to, "broadcast_to", aten.expand.default, "expand_as", aten.expand_as.default,
+         aten.broadcast_to.default, aten.expand_copy.default)  # fmt: skip
 class Expand(Movement):
     """Repeat axes of size 1; leading axes may be new."""
 
@@ -279,6 +279,8 @@ class IndexSelect(AlongAxis):
         if self.index(call) is not None:
             return super().backward(call, live, facts)
         assert isinstance(live, Tensor)
+        axis = _axis(call.get("dim"), len(call.out_shape))
+        facts.refuse_constants(call.node, self.source(call), [axis], Reason.DATA_DEPENDENT)
         return {self.source(call): live}
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:

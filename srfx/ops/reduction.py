@@ -96,6 +96,8 @@ class Reduction(OpRule):
         if not isinstance(live, Tensor):
             live = functools.reduce(torch.logical_or, [part for part in live if part is not None])
         source, dims = self.source(call), self.dims(call)
+        if not self.absorbs:
+            facts.refuse_constants(call.node, source, dims, Reason.CHANNEL_MIXING)
         rank = len(call.shape(source))
         if live.dim() != rank:
             for d in dims:
@@ -234,6 +236,7 @@ class AlongOne(OpRule):
         assert source is not None
         if isinstance(live, tuple):
             live = functools.reduce(torch.logical_or, [part for part in live if part is not None])
+        facts.refuse_constants(call.node, source, [self.axis(call)], Reason.CHANNEL_MIXING)
         whole = live.any(self.axis(call), keepdim=True)
         return {source: whole & torch.ones(facts.layout(source), dtype=torch.bool)}
 

@@ -16,7 +16,7 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
-from srfx.ops.movement import _axis
+from srfx.ops.movement import Copy, MatrixTranspose, _axis
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import resized
@@ -88,14 +88,22 @@ class GetAttribute(ShapeRead):
         return list(range(rank)) if call.get("name") == "shape" else []
 
     def label(self, call: Call, labels: Labeller) -> Fields:
-        if call.get("name") in ("T", "mT", "H", "mH", "data", "real"):
-            return OpRule.label(self, call, labels)
+        if isinstance(call.output, Tensor):
+            return self.tensor_rule(call).label(call, labels)  # type: ignore[return-value]
         return super().label(call, labels)
 
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        return self.tensor_rule(call).forward(call, facts) if isinstance(call.output, Tensor) else Constancy.top(0)
+
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
-        if isinstance(call.output, Tensor):
-            return OpRule.backward(self, call, live, facts)
-        return {}
+        return self.tensor_rule(call).backward(call, live, facts) if isinstance(call.output, Tensor) else {}
+
+    def tensor_rule(self, call: Call) -> OpRule:
+        """x.mT and x.T move elements, x.data moves none; x.real and the like are not known."""
+        rank = len(call.out_shape)
+        if call.get("name") == "mT" or (call.get("name") in ("T", "H") and rank == 2):
+            return MatrixTranspose()
+        return Copy() if call.get("name") == "data" else OpRule()
 
 
 @op_rule("numel", torch.numel, "nelement", aten.sym_numel.default, aten.numel.default)
