@@ -208,7 +208,28 @@ def masked(
 
 
 def _some(n: int, share: float, g: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=g)[: int(round(share * n))]
+    return torch.randperm(n, generator=g)[: round(share * n)]
+
+
+def recalibrated(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
+    """Set the statistics of every batch norm near those of a batch, so that a masked network carries signal."""
+    g = torch.Generator().manual_seed(seed)
+
+    def hook(m: nn.Module, given: tuple[Any, ...]) -> None:
+        x = given[0].detach()
+        dims = [d for d in range(x.dim()) if d != 1]
+        mean, var = x.mean(dims), x.var(dims, unbiased=False) + 0.02
+        noise = torch.randn(mean.shape, generator=g).to(mean)
+        m.running_mean.copy_(mean + 0.2 * var.sqrt() * noise)
+        m.running_var.copy_(var * (0.75 + 0.5 * torch.rand(mean.shape, generator=g).to(mean)))
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [m.register_forward_pre_hook(hook) for m in norms if m.running_mean is not None]
+    with torch.no_grad():
+        model.eval()(*inputs)
+    for handle in hooks:
+        handle.remove()
+    return model
 
 
 def kill(
@@ -258,8 +279,9 @@ def plan_of(model: nn.Module, inputs: Inputs) -> Outcome:
     """Run the pipeline step by step; edits and refusals are those of the last pass, which cuts."""
     captured = capture(model, inputs)
     gm = captured.graph_module
-    canonicalise(gm, captured.inputs)
-    done = CompactChannels(captured.inputs if captured.inputs is not None else hint_inputs(gm))(gm)
+    hints = captured.inputs if captured.inputs is not None else hint_inputs(gm)
+    canonicalise(gm, hints)
+    done = CompactChannels(hints)(gm)
     return Outcome(gm, list(done.edits), list(done.refusals))
 
 

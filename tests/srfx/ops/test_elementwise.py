@@ -252,7 +252,7 @@ def test_methods(names: list[str]) -> None:
 
 @pytest.mark.parametrize("modules", chunks(MODULES, 8))
 def test_modules(modules: list[nn.Module]) -> None:
-    found = check(sandwich(nn.Sequential(*[m for m in modules])), (X,), others=[OTHER], kept=KEPT)
+    found = check(sandwich(nn.Sequential(*modules)), (X,), others=[OTHER], kept=KEPT)
     assert not any(Reason.UNKNOWN_OP in o.reasons for o in found.values())
 
 

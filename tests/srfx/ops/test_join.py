@@ -1,0 +1,288 @@
+"""cat, stack, split, chunk, unbind, indexing of tuples, padding, pixel and channel shuffles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfx.ir.plan import Reason
+from tests.helpers import Sandwich, check, kill, masked, randomized
+
+X = torch.randn(2, 3, 4, 6)
+OTHER = (torch.randn(3, 3, 8, 2),)
+Op = Callable[..., Any]
+
+
+class Branches(nn.Module):
+    """back(join(a(x), b(x))) with six channels each; dead 0, 1 in a and 1, 2, 3 in b."""
+
+    def __init__(self, join: Op, back: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.back = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), back
+        self.join = join
+        randomized(self)
+        kill(self.a, [0, 1])
+        kill(self.b, [1, 2, 3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.join(self.a(x), self.b(x)))
+
+
+CATS: dict[str, Op] = {
+    "torch": lambda a, b: torch.cat([a, b], 1),
+    "tuple": lambda a, b: torch.cat((a, b), dim=1),
+    "negative": lambda a, b: torch.cat([a, b], dim=-3),
+    "concat": lambda a, b: torch.concat([a, b], dim=1),
+    "concatenate": lambda a, b: torch.concatenate([a, b], axis=1),
+    "keyword": lambda a, b: torch.cat(tensors=[a, b], dim=1),
+}
+
+
+@pytest.mark.parametrize("name", CATS)
+def test_cat(name: str) -> None:
+    kept = {"a.weight": (4, 3, 1, 1), "b.weight": (3, 3, 1, 1), "back.weight": (4, 7, 1, 1)}
+    check(Branches(CATS[name], nn.Conv2d(12, 4, 1)), (X,), others=[OTHER], kept=kept)
+
+
+def test_cat_of_one_value_twice_and_of_a_dead_branch() -> None:
+    model = Branches(lambda a, b: torch.cat([a, b, a], 1), nn.Conv2d(18, 4, 1))
+    check(model, (X,), kept={"a.weight": (4, 3, 1, 1), "back.weight": (4, 11, 1, 1)})
+    kill(model.b, range(6))
+    check(model, (X,), kept={"b.weight": (), "back.weight": (4, 8, 1, 1)})
+    kill(model.a, range(6))
+    check(model, (X,))  # nothing varies any more
+
+
+def test_cat_along_other_axes_ties() -> None:
+    for axis in (0, 2, 3):
+        model = Branches(lambda a, b, axis=axis: torch.cat([a, b], axis), nn.Conv2d(6, 4, 1))
+        check(model, (X,), others=[OTHER])
+    model = Branches(lambda a, b: torch.cat([a, b], 3), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        model.b.bias[1] = model.a.bias[1]  # the same constant in both halves, else it is no constant
+    check(model, (X,), kept={"a.weight": (5, 3, 1, 1), "back.weight": (4, 5, 1, 1)})
+
+
+def test_cat_with_the_input() -> None:
+    """The input's channels are not ours to remove."""
+
+    class WithInput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.back = nn.Conv2d(3, 6, 1), nn.Conv2d(9, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(torch.cat([x, self.a(x)], 1))
+
+    model = randomized(WithInput())
+    kill(model.a, [0, 1])
+    kill(model.back, columns=[0, 2])
+    check(model, (X,), others=[OTHER], kept={"a.weight": (4, 3, 1, 1), "back.weight": (4, 7, 1, 1)})
+
+
+def test_dense_block() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 3, padding=1)
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, 4, 3, padding=1, bias=False))
+                for n in (6, 10, 14)
+            )
+            self.norm, self.fc = nn.BatchNorm2d(18), nn.Linear(18, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = [self.stem(x)]
+            for layer in self.layers:
+                found.append(layer(torch.cat(found, 1)))
+            return self.fc(F.relu(self.norm(torch.cat(found, 1))).mean((2, 3)))
+
+    for seed in range(3):
+        check(masked(randomized(Dense(), seed), seed), (X,), others=[OTHER])
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_stack(axis: int) -> None:
+    model = Branches(lambda a, b: torch.stack([a, b], axis).mean(axis), nn.Conv2d(6, 4, 1))
+    check(model, (X,), others=[OTHER])
+
+
+# ---------------------------------------------------------------------------------------- splitting
+class Split(nn.Module):
+    """a(first part) + b(second part) of twelve channels; dead 0, 1, 7."""
+
+    def __init__(self, op: Op, sizes: tuple[int, int]) -> None:
+        super().__init__()
+        self.front = nn.Conv2d(3, sum(sizes), 1)
+        self.a, self.b = nn.Conv2d(sizes[0], 4, 1), nn.Conv2d(sizes[1], 4, 1)
+        self.op = op
+        randomized(self)
+        kill(self.front, [0, 1, 7])
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.op(self.front(x))
+        return self.a(parts[0]) + self.b(parts[1])
+
+
+SPLITS: dict[str, tuple[Op, tuple[int, int]]] = {
+    "chunk": (lambda x: x.chunk(2, 1), (6, 6)),
+    "torch.chunk": (lambda x: torch.chunk(x, 2, dim=1), (6, 6)),
+    "split by size": (lambda x: x.split(6, 1), (6, 6)),
+    "split unequal": (lambda x: torch.split(x, [4, 8], dim=1), (4, 8)),
+    "split method": (lambda x: x.split([8, 4], 1), (8, 4)),
+    "split keyword": (lambda x: torch.split(x, split_size_or_sections=6, dim=1), (6, 6)),
+    "split_with_sizes": (lambda x: torch.split_with_sizes(x, [6, 6], 1), (6, 6)),
+    "split_with_sizes method": (lambda x: x.split_with_sizes((7, 5), dim=1), (7, 5)),
+    "tensor_split": (lambda x: torch.tensor_split(x, 2, dim=1), (6, 6)),
+    "tensor_split method": (lambda x: x.tensor_split(2, 1), (6, 6)),
+    "half of a size": (lambda x: x.split(x.size(1) // 2, 1), (6, 6)),
+    "slices": (lambda x: (x[:, :5], x[:, 5:]), (5, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_split(name: str) -> None:
+    op, (n, m) = SPLITS[name]
+    left, right = n - 2 - (n > 7), m - (n <= 7)
+    kept = {"front.weight": (9, 3, 1, 1), "a.weight": (4, left, 1, 1), "b.weight": (4, right, 1, 1)}
+    check(Split(op, (n, m)), (X,), others=[OTHER], kept=kept)
+
+
+@pytest.mark.parametrize("name", ["chunk", "split unequal", "slices"])
+def test_a_part_that_dies_altogether(name: str) -> None:
+    op, sizes = SPLITS[name]
+    model = Split(op, sizes)
+    kill(model.front, range(sizes[0]))
+    check(model, (X,), others=[OTHER])
+    kill(model.a, columns=range(sizes[0]))
+    check(model, (X,), others=[OTHER])
+
+
+def test_split_of_another_axis_and_unread_parts() -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: x.chunk(2, 3)[1], nn.Conv2d(8, 4, 1)))
+    kill(model.front, [2, 3])
+    check(model, (X,), kept={"front.weight": (6, 3, 1, 1), "back.weight": (4, 6, 1, 1)})
+
+
+@pytest.mark.parametrize("op", [lambda x: x.unbind(1), lambda x: torch.unbind(x, dim=1)])
+def test_unbind(op: Op) -> None:
+    """Unbind gives as many results as there are positions, so they stay; those on other axes go."""
+    model = randomized(
+        Sandwich(
+            nn.Conv2d(3, 6, 1),
+            lambda x: op(x.view(x.size(0), 2, 3, x.size(2), x.size(3)))[0],
+            nn.Conv2d(3, 4, 1),
+        )
+    )
+    check(model, (X,), others=[OTHER])
+    kill(model.back, columns=[1])
+    check(model, (X,), others=[OTHER])
+
+
+def test_unpacking_qkv() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, t, _ = x.shape
+            q, k, v = self.qkv(x).reshape(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            y = torch.softmax(q @ k.transpose(-2, -1) / 2, -1) @ v
+            return self.proj(y.transpose(1, 2).reshape(n, t, 8))
+
+    model = randomized(Attention())
+    kill(model.qkv, [0, 8, 16, 17], bias=True)
+    check(model, (torch.randn(2, 5, 8),), others=[(torch.randn(2, 3, 8),)])
+
+
+# ---------------------------------------------------------------------------------------- padding
+PADS: dict[str, tuple[Op, int]] = {
+    "space": (lambda x: F.pad(x, (1, 1, 1, 1)), 8),
+    "space by a value": (lambda x: F.pad(x, (1, 2), value=0.5), 8),
+    "module": (nn.ZeroPad2d(1), 8),
+    "constant module": (nn.ConstantPad2d((1, 0, 2, 1), 0.3), 8),
+    "crop": (lambda x: F.pad(x, (-1, -1)), 8),
+    "channels": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 3)), 13),
+    "channels by a value": (lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), "constant", 0.7), 10),
+    "channels cropped": (lambda x: F.pad(x, (0, 0, 0, 0, -1, 2)), 9),
+    "channels and space": (lambda x: F.pad(x, (1, 1, 0, 0, 2, 2)), 12),
+    "reflect": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 8),
+    "replicate": (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), 8),
+    "circular": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), 8),
+    "reflection module": (nn.ReflectionPad2d(1), 8),
+    "replication module": (nn.ReplicationPad2d((1, 0, 0, 1)), 8),
+    "circular module": (nn.CircularPad2d(1), 8),
+}
+
+
+@pytest.mark.parametrize("name", PADS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_pad(name: str, bias: bool) -> None:
+    op, n = PADS[name]
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), op, nn.Conv2d(n, 4, 3)))
+    kill(model.front, [0, 3, 7], bias=bias)
+    check(model, (X,), others=[(torch.randn(3, 3, 8, 5),)])
+    disturbs = name in ("space", "space by a value", "module", "constant module", "channels and space")
+    if not disturbs or (bias and name not in ("space by a value", "constant module")):
+        check(model, (X,), kept={"front.weight": (5, 3, 1, 1)})
+
+
+# ---------------------------------------------------------------------------------------- shuffles
+@pytest.mark.parametrize(
+    "op", [nn.PixelShuffle(2), lambda x: F.pixel_shuffle(x, 2), lambda x: torch.pixel_shuffle(x, 2)]
+)
+def test_pixel_shuffle(op: Op) -> None:
+    """Twelve channels make three; one goes when all four of its parts do, a part alone does not."""
+    model = randomized(Sandwich(nn.Conv2d(3, 12, 1), op, nn.Conv2d(3, 4, 1)))
+    kill(model.front, [4, 5, 6, 7], bias=True)
+    kill(model.front, [0], bias=True)
+    check(model, (X,), others=[OTHER], kept={"front.weight": (8, 3, 1, 1), "back.weight": (4, 2, 1, 1)})
+
+
+@pytest.mark.parametrize("op", [nn.PixelUnshuffle(2), lambda x: F.pixel_unshuffle(x, 2)])
+def test_pixel_unshuffle(op: Op) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 3, 1), op, nn.Conv2d(12, 4, 1)))
+    kill(model.front, [1])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (2, 3, 1, 1), "back.weight": (4, 8, 1, 1)})
+
+
+SHUFFLES: dict[str, Op] = {
+    "module": nn.ChannelShuffle(2),
+    "function": lambda x: F.channel_shuffle(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffle(name: str) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), SHUFFLES[name], nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 3, 6])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1), "back.weight": (4, 5, 1, 1)})
+
+
+# ---------------------------------------------------------------------------------------- GLU
+@pytest.mark.parametrize("op", [nn.GLU(1), lambda x: F.glu(x, 1), lambda x: F.glu(x, dim=-3)])
+def test_glu(op: Op) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), op, nn.Conv2d(4, 4, 1)))
+    kill(model.front, [0, 4])  # both halves of channel 0: constant
+    kill(model.front, [1], bias=True)  # 0 times a gate
+    kill(model.front, [6])  # a constant gate: stays with its value
+    check(model, (X,), others=[OTHER], kept={"front.weight": (4, 3, 1, 1), "back.weight": (4, 2, 1, 1)})
+
+
+def test_glu_over_an_untracked_axis() -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: F.glu(x, 2), nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 4])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (6, 3, 1, 1)})
+
+
+def test_an_unknown_op_is_a_barrier_with_a_name() -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: torch.cdist(x, x), nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 4])
+    found = check(model, (X,), kept={"front.weight": (8, 3, 1, 1)}, reasons=[Reason.UNKNOWN_OP])
+    assert any("cdist" in r.detail for r in found["symbolic"].refusals)
