@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -54,7 +55,7 @@ def minimize(
         example_kwargs: keyword arguments.
         multiple_of: keep the number of channels of every tensor a multiple of this where there are enough
             channels, by keeping some dead ones; inputs and outputs stay as they are.
-        verify: run both models on example and random inputs and compare (see `srfx.verify`).
+        verify: run both models on the examples, or on generated inputs, and compare (see `srfx.verify`).
 
     Returns:
         A GraphModule with tensors of its own: same inputs, same outputs, same names of parameters and
@@ -109,9 +110,7 @@ def minimize(
     attach(gm, record)
 
     if verify:
-        found = run_verification(model, gm, example_inputs)
-        if not found.ok:
-            raise VerificationError(f"the minimized model computes something else: {found}")
+        check_result(model, gm, example_inputs, example_kwargs)
     return gm
 
 
@@ -124,6 +123,23 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Pipe
     """
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
     return Pipeline([get_pass(name, **options[name]) for name in CANONICALISE])(gm)
+
+
+def check_result(
+    model: nn.Module, small: fx.GraphModule, args: Any, kwargs: Mapping[str, Any] | None
+) -> None:
+    """Run both models on the examples, or on generated inputs where there are none with values.
+
+    Raises:
+        VerificationError: they disagree.
+    """
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    has_values = not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+    found = (
+        run_verification(model, small, args, kwargs=kwargs) if has_values else run_verification(model, small)
+    )
+    if not found.ok:
+        raise VerificationError(f"the minimized model computes something else: {found}")
 
 
 def survey_result(gm: fx.GraphModule, inputs: list[Any]) -> Survey:

@@ -94,6 +94,7 @@ def verify(
     after: nn.Module | ExportedProgram,
     inputs: Any = None,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Verification:
     """Compare two models that should compute the same; neither is changed.
@@ -105,10 +106,9 @@ def verify(
     Args:
         before: the original, in any form that `srfx.minimize` takes.
         after: the rewritten one.
-        inputs: positional arguments (a tensor or a tuple), or a dict of keyword arguments; None generates
-            them: two batches of the shapes that ``after`` was made for, and one of another batch size if
-                ``before``
-            takes it.
+        inputs: positional arguments (a tensor or a tuple); without them and ``kwargs`` some are generated,
+            two batches of the shapes that ``after`` was made for and a larger one if ``before`` takes it.
+        kwargs: keyword arguments.
         seed: of the generated inputs.
 
     Returns:
@@ -131,25 +131,21 @@ def verify(
     dtype = _lowest_dtype(models[0])
     worst = _Worst()
     with torch.no_grad(), torch.random.fork_rng():
-        for args, kwargs, is_optional in _batches(models, inputs, seed):
+        for args, named, is_optional in _batches(models, inputs, kwargs, seed):
             try:
-                truth = _run(double[0], args, kwargs, seed, in_double=True)
-                wanted = _run(native[0], args, kwargs, seed)
+                truth = _run(double[0], args, named, seed, in_double=True)
+                wanted = _run(native[0], args, named, seed)
             except _FAILURES as error:
                 if is_optional:
                     continue
-                if inputs is not None:
+                if inputs is not None or kwargs:
                     raise
                 raise VerificationError(
                     f"the original model cannot run on generated inputs ({error}): pass inputs"
                 ) from error
-            worst.add(
-                truth,
-                wanted,
-                _run(double[1], args, kwargs, seed, in_double=True),
-                _run(native[1], args, kwargs, seed),
-            )
-            leaves = pytree.tree_leaves((args, kwargs))
+            exact = _run(double[1], args, named, seed, in_double=True)
+            worst.add(truth, wanted, exact, _run(native[1], args, named, seed))
+            leaves = pytree.tree_leaves((args, named))
             worst.shapes.append(tuple(tuple(t.shape) for t in leaves if isinstance(t, Tensor)))
     return worst.verdict(dtype)
 
@@ -308,13 +304,13 @@ def _run(
 _Batch = tuple[tuple[Any, ...], dict[str, Any], bool]
 
 
-def _batches(models: list[nn.Module], inputs: Any, seed: int) -> Iterator[_Batch]:
+def _batches(
+    models: list[nn.Module], inputs: Any, kwargs: Mapping[str, Any] | None, seed: int
+) -> Iterator[_Batch]:
     """Arguments for both models, and whether the original may refuse them."""
-    if isinstance(inputs, Mapping):
-        yield (), dict(inputs), False
-        return
-    if inputs is not None:
-        yield tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, False
+    if inputs is not None or kwargs:
+        args = () if inputs is None else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        yield args, dict(kwargs or {}), False
         return
     graph, specs = _signature(models)
     generator = torch.Generator().manual_seed(seed)

@@ -187,7 +187,7 @@ def inventory(gm: nn.Module) -> dict[str, TensorPlan]:
 
 
 def _unread(source: nn.Module, gm: fx.GraphModule) -> list[TensorPlan]:
-    """Tensors of the user's module that the captured graph has no use for; masks are not meant."""
+    """Tensors of the user's module that the captured graph has no use for; not masks, not single numbers."""
     read = {id(t) for t in (*gm.parameters(), *gm.buffers())}
     names = {
         n
@@ -196,7 +196,7 @@ def _unread(source: nn.Module, gm: fx.GraphModule) -> list[TensorPlan]:
     tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     found = []
     for plan in inventory(source).values():
-        if id(tensors.get(plan.name)) in read or {plan.name, _unmasked(plan.name)} & names:
+        if not plan.shape or id(tensors.get(plan.name)) in read or {plan.name, _unmasked(plan.name)} & names:
             continue
         found.append(dataclasses.replace(plan, status="unread", kept_shape=None))
     return found
