@@ -108,7 +108,24 @@ class Classes:
         short = present & (counts < wanted)
         if not bool(short.any()):
             return
-        # revive the first dead lanes of each short row: rank dead lanes in order, take as many as are missing
-        dead = ~lanes[short]
-        missing = (wanted - counts[short]).unsqueeze(1)
-        kept[block.rows[short][dead & (dead.cumsum(1) <= missing)]] = True
+        rows = block.rows[short]
+        kept[rows[_chosen(rows, ~lanes[short], (wanted - counts[short]).unsqueeze(1))]] = True
+
+
+def _chosen(rows: Tensor, dead: Tensor, missing: Tensor) -> Tensor:
+    """Dead lanes to revive in each row, [R, n] bool: whole classes, as many as fit into ``missing`` [R, 1].
+
+    A class may hold several lanes of a row (a rotary pair), and reviving one revives them all: classes are taken in
+    the order of their labels while they fit; when the first does not fit, the first that does, else the first.
+    """
+    last = torch.iinfo(rows.dtype).max
+    ordered, order = torch.where(dead, rows, last).sort(dim=1, stable=True)  # lanes of a class stand together
+    begin = torch.searchsorted(ordered, ordered)
+    end = torch.searchsorted(ordered, ordered, right=True)
+    valid = ordered != last
+    taken = valid & (end <= missing)
+    fitting = valid & (end - begin <= missing)
+    first = torch.where(fitting.any(1), fitting.int().argmax(1), 0).unsqueeze(1)
+    alone = valid & (ordered == ordered.gather(1, first))
+    taken = torch.where(taken.any(1, keepdim=True), taken, alone)
+    return torch.zeros_like(dead).scatter(1, order, taken)
