@@ -9,6 +9,7 @@ from srfx.passes import (  # noqa: F401
     drop_noops,
     fold_parameter_math,
     functionalize,
+    raise_channel_shuffle,
     repeat_to_index_select,
     split_fused_projections,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from srfx.ir.call import Call
 from srfx.ir.program import Param, Program
@@ -15,6 +15,7 @@ from srfx.ops.movement import Expand, Movement, View
 from srfx.ops.norm import LayerNorm
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule
+from srfx.ops.spatial import PerChannel
 from srfx.passes._fused_axis import is_fixed, view_sizes
 
 
@@ -51,6 +52,9 @@ def _above(program: Program, node: fx.Node, axis: int) -> list[tuple[fx.Node, in
         return _of_piece(program, call, axis)
     if isinstance(rule, Movement):
         return _through(program, rule, call, axis)
+    if isinstance(rule, PerChannel) and isinstance(call.output, Tensor):  # batch norm, pooling, interpolation
+        source = call["input"]
+        return [(source, axis)] if isinstance(source, fx.Node) and axis == 1 < call.output.dim() else []
     if isinstance(rule, (Elementwise, Concat, LayerNorm)):
         size, rank = call.out_shape[axis], len(call.out_shape)
         same = [n for n in node.all_input_nodes if program.is_tensor(n) and len(program.shape(n)) == rank]

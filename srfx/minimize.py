@@ -27,6 +27,7 @@ CANONICALISE = (
     "drop-noops",
     "split-fused-projections",
     "repeat-to-index-select",
+    "raise-channel-shuffle",
 )
 """Passes that bring a captured graph into the form the analyses read, in this order."""
 
