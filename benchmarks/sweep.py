@@ -28,7 +28,13 @@ from srfx.ir.plan import Reason
 from tests.helpers import count, masked, plan_of, recalibrated, relative_error
 from tests.snapshots import trace
 
-SIZES = {"inception_v3": 96, "timm/inception_v4": 96, "timm/nasnetalarge": 96, "timm/inception_resnet_v2": 96}
+SIZES = {
+    "inception_v3": 96,
+    "timm/inception_v4": 96,
+    "timm/bat_resnext26ts": 256,
+    "timm/botnet26t_256": 256,
+    "timm/xcit_nano_12_p16_224": 224,
+}
 NO_CNN = ("vit_", "swin", "maxvit")
 TIMM = (
     "bat_resnext26ts", "botnet26t_256", "convmixer_768_32", "convnext_atto", "convnextv2_atto", "cspdarknet53",
