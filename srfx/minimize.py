@@ -14,6 +14,7 @@ from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import UNKNOWN, Survey, survey
+from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.passes import PASSES, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
 from srfx.record.attach import attach
@@ -86,7 +87,16 @@ def minimize(
         raise ValueError(f"multiple_of is a count of channels, at least 1; got {multiple_of}")
     if isinstance(model, ExportedProgram):
         model = model.module()
+    with plain_torch():
+        small = _minimize(model, example_inputs, example_kwargs, multiple_of)
+    if verify:
+        check_result(model, small, example_inputs, example_kwargs)
+    return small
 
+
+def _minimize(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None, multiple_of: int
+) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
     before = survey(gm, captured.inputs)
@@ -99,9 +109,10 @@ def minimize(
         recorder.refusals(name, [refusal])
 
     compact = CompactChannels(before.inputs, multiple_of, canonical.values)
-    edits = compact(gm).edits
-    assert compact.facts is not None
-    recorder.compaction(compact.name, edits, compact.facts)
+    with on_cpu():
+        edits = compact(gm).edits
+        assert compact.facts is not None
+        recorder.compaction(compact.name, edits, compact.facts)
 
     after = survey_result(gm, before.inputs)
     assert_same_interface(before, after)
@@ -109,9 +120,6 @@ def minimize(
     record = recorder.record(gm, after)
     gm = own_tensors(gm, storages([model]))
     attach(gm, record)
-
-    if verify:
-        check_result(model, gm, example_inputs, example_kwargs)
     return gm
 
 

@@ -92,7 +92,7 @@ class Recorder:
             before = self.cuts.setdefault(name, [])
             size = self._size(name, axis, before)
             if size is not None:
-                kept = tuple(int(i) for i in index.flatten().tolist())
+                kept = tuple(index.flatten().tolist())
                 before.append(AxisCut(axis, size, kept, tuple(index.shape)))
 
     def _size(self, name: str, axis: int, cuts: list[AxisCut]) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -435,6 +437,57 @@ def test_outputs_keep_structure_and_shape_whatever_dies(dead: str) -> None:
         with torch.no_grad():
             assert_same(model(given), small(given))
             assert_same(model(given, unused=given), small(given, unused=given))
+
+
+# --- surroundings -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.float16),
+        torch.autograd.set_detect_anomaly,
+    ],
+)
+@pytest.mark.parametrize("route", ["symbolic", "export"])
+def test_whatever_is_switched_on_around_the_call(around: Any, route: str) -> None:
+    model = masked(randomized(small_cnn()))
+    traced = trace(model, images(), route)
+    wanted = srfx.minimize(traced, images())
+    x = images()
+    arguments = (True,) if around is torch.autograd.set_detect_anomaly else ()
+    with around(*arguments):
+        small = srfx.minimize(traced, x)
+    state = small.state_dict()
+    for name, tensor in wanted.state_dict().items():
+        assert state[name].dtype == tensor.dtype
+        assert state[name].device == tensor.device
+        assert torch.equal(state[name], tensor), name
+    small(x[0]).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = masked(randomized(small_cnn()))
+    small = srfx.minimize(fx.symbolic_trace(model), images())
+    assert not any(p.is_inference() for p in small.parameters())
+    small(images()[0]).sum().backward()
 
 
 # --- helpers ------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""What a caller may have switched on around a call of ours, switched off for its duration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """No inference mode (its tensors could never train), no autocast, the default float dtype float32."""
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", torch.accelerator.current_accelerator()):
+            name = device if isinstance(device, str) or device is None else device.type
+            if name is not None and torch.is_autocast_enabled(name):
+                stack.enter_context(torch.autocast(name, enabled=False))
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors made without a device come to life on the CPU, whatever the default device is."""
+    if torch.get_default_device().type == "cpu":
+        yield  # a device context costs time at every call
+        return
+    with torch.device("cpu"):
+        yield
