@@ -81,9 +81,20 @@ def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
     fold = [_cut(facts, edit, fields) for s in computed for edit in s.rule.fold(s.call, facts)]
     written = {path: edit for edit in fold if isinstance(edit, SetTensor) for path in edit.paths}
     compact = _compact_tensors(facts, fields, written)
-    arguments = [e for s in sites for e in s.rule.compact(s.call, facts) if s.node in present or isinstance(e, FreezeSize)]
+    arguments = [
+        e
+        for s in sites
+        for e in s.rule.compact(s.call, facts)
+        if s.node in present or isinstance(e, FreezeSize)
+    ]
     frozen = [e for e in arguments if isinstance(e, FreezeSize)]
-    return [*fold, *compact, *(e for e in arguments if not isinstance(e, FreezeSize)), *_restore(facts), *frozen]
+    return [
+        *fold,
+        *compact,
+        *(e for e in arguments if not isinstance(e, FreezeSize)),
+        *_restore(facts),
+        *frozen,
+    ]
 
 
 def _fields_by_path(facts: FactTable) -> dict[str, Fields]:
@@ -103,7 +114,9 @@ def _cut(facts: FactTable, edit: GraphEdit, fields: dict[str, Fields]) -> GraphE
     return replace(edit, tensor=facts.compact(edit.tensor, fields[edit.paths[0]], tuple(edit.tensor.shape)))
 
 
-def _compact_tensors(facts: FactTable, fields: dict[str, Fields], written: dict[str, SetTensor]) -> list[GraphEdit]:
+def _compact_tensors(
+    facts: FactTable, fields: dict[str, Fields], written: dict[str, SetTensor]
+) -> list[GraphEdit]:
     found: list[GraphEdit] = []
     for param in facts.program.params():
         names = tuple(param.names)
@@ -145,10 +158,17 @@ def _restore_axis(facts: FactTable, output: fx.Node, node: fx.Node, axis: int) -
     varies = c.varies.expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).flatten()
     layout = [-1 if a == axis else 1 for a in range(len(shape))]
     index = torch.where(kept, kept.cumsum(0) - 1, 0).clamp(min=0)
-    template = c.value.double().expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).to(hint.dtype)
+    template = (
+        c.value.double().expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).to(hint.dtype)
+    )
     place: Any = hint.device
     return RestoreOutput(
-        output.name, node.name, axis, index.to(place), varies.view(layout).to(place), template.contiguous().to(place)
+        output.name,
+        node.name,
+        axis,
+        index.to(place),
+        varies.view(layout).to(place),
+        template.contiguous().to(place),
     )
 
 
@@ -160,8 +180,14 @@ def fold_integers(graph: fx.Graph) -> None:
         if node.args and all(isinstance(a, int) for a in node.args):
             value = node.target(*node.args)
             replace_by_value(node, value)
-        elif node.target is operator.getitem and isinstance(node.args[0], (tuple, list)) and isinstance(node.args[1], (int, slice)):
-            if not isinstance(node.args[1], slice) or all(not isinstance(b, fx.Node) for b in (node.args[1].start, node.args[1].stop)):
+        elif (
+            node.target is operator.getitem
+            and isinstance(node.args[0], (tuple, list))
+            and isinstance(node.args[1], (int, slice))
+        ):
+            if not isinstance(node.args[1], slice) or all(
+                not isinstance(b, fx.Node) for b in (node.args[1].start, node.args[1].stop)
+            ):
                 replace_by_value(node, node.args[0][node.args[1]])
 
 
@@ -176,9 +202,16 @@ def replace_by_value(node: fx.Node, value: Any) -> None:
 def _is_impure(node: fx.Node) -> bool:
     from srfx.ops.registry import has_rule  # noqa: PLC0415
 
-    return node.op in ("placeholder", "output") or (node.op.startswith("call") and not has_rule(node.target)) and node.is_impure()
+    return (
+        node.op in ("placeholder", "output")
+        or (node.op.startswith("call") and not has_rule(node.target))
+        and node.is_impure()
+    )
 
 
 def all_tensors(gm: fx.GraphModule) -> dict[str, Tensor]:
     """Parameters and buffers by name, aliases included."""
-    return {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(gm.named_parameters(remove_duplicate=False)),
+        **dict(gm.named_buffers(remove_duplicate=False)),
+    }

@@ -98,7 +98,9 @@ def _mark(marked: Tensor, fields: dict[int, Tensor], live: Tensor) -> None:
 def executed(facts: FactTable, sites: list[Site]) -> list[Value]:
     """Values that the rewritten graph still computes, outputs first."""
     by_node = {site.node: site for site in sites}
-    stack: list[Value] = [facts.program.value(n) for n in facts.program.gm.graph.output_node().all_input_nodes]
+    stack: list[Value] = [
+        facts.program.value(n) for n in facts.program.gm.graph.output_node().all_input_nodes
+    ]
     stack += [s.node for s in sites if s.rule.effect is Effect.IMPURE]
     seen: dict[Value, None] = {}
     while stack:

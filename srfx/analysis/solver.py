@@ -24,7 +24,9 @@ from srfx.ops.facts import FactTable
 from srfx.ops.norm import LayerNorm
 
 
-def analyse(gm: fx.GraphModule, hints: dict[fx.Node, Any], multiple_of: int = 1) -> tuple[FactTable, list[Site]]:
+def analyse(
+    gm: fx.GraphModule, hints: dict[fx.Node, Any], multiple_of: int = 1
+) -> tuple[FactTable, list[Site]]:
     """Everything there is to know before a graph is rewritten; reads only.
 
     Args:

@@ -16,7 +16,15 @@ from torch import Tensor, fx
 
 from srfx.ir.program import Param, Program, Value
 
-ALIASES = {"self": "input", "a": "input", "b": "other", "axis": "dim", "axes": "dim", "x": "input", "keepdims": "keepdim"}
+ALIASES = {
+    "self": "input",
+    "a": "input",
+    "b": "other",
+    "axis": "dim",
+    "axes": "dim",
+    "x": "input",
+    "keepdims": "keepdim",
+}
 
 
 class Call:

@@ -154,7 +154,11 @@ class SetTensor(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
-        fresh = torch.nn.Parameter(self.tensor, self.trainable) if self.creates and self.trainable else self.tensor
+        fresh = (
+            torch.nn.Parameter(self.tensor, self.trainable)
+            if self.creates and self.trainable
+            else self.tensor
+        )
         like = fresh if self.creates else get_attr(editor.gm, self.paths[0])
         put_tensor(editor.gm, self.paths, self.tensor, like=like)
         if self.creates and node.op != "call_module":
@@ -194,7 +198,9 @@ class PickFromTable(GraphEdit):
             set_attr(editor.gm, f"{self.path}_{axis}", index)
             stored = editor.attribute_node(f"{self.path}_{axis}", node)
             function = torch.index_select if index.dim() == 1 else torch.take_along_dim
-            args = (picked, axis - self.rank, stored) if index.dim() == 1 else (picked, stored, axis - self.rank)
+            args = (
+                (picked, axis - self.rank, stored) if index.dim() == 1 else (picked, stored, axis - self.rank)
+            )
             with graph.inserting_before(node):
                 picked = graph.call_function(function, args)
         node.replace_input_with(table, picked)
@@ -364,7 +370,9 @@ def take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
     index = index.to(tensor.device)
     if index.dim() == 1:
         return tensor.index_select(axis, index)
-    wide = [index.shape[d] if d == axis else max(index.shape[d], tensor.shape[d]) for d in range(tensor.dim())]
+    wide = [
+        index.shape[d] if d == axis else max(index.shape[d], tensor.shape[d]) for d in range(tensor.dim())
+    ]
     base = [tensor.shape[d] if d == axis else wide[d] for d in range(tensor.dim())]
     return tensor.expand(base).gather(axis, index.expand(wide))
 

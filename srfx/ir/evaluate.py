@@ -63,7 +63,9 @@ def _run(node: fx.Node, program: Program, cache: dict[fx.Node, Any]) -> Any:
     value, hint = program.value(node), program.hints.get(node)
     if isinstance(value, Param):
         return value.tensor.detach()
-    if not isinstance(hint, (Tensor, list)) and not (isinstance(hint, tuple) and not isinstance(hint, torch.Size)):
+    if not isinstance(hint, (Tensor, list)) and not (
+        isinstance(hint, tuple) and not isinstance(hint, torch.Size)
+    ):
         return hint
     args, kwargs = (fx.node.map_arg(part, lambda n: cache[n]) for part in (node.args, node.kwargs))
     if node.op == "call_method":

@@ -80,7 +80,9 @@ class Program:
         if param not in self._finite:
             tensor = param.tensor.detach()
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            self._finite[param] = bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
+            self._finite[param] = bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(
+                torch.isfinite(tensor).all()
+            )
         return self._finite[param]
 
     def is_tensor(self, node: fx.Node) -> bool:
@@ -104,7 +106,9 @@ class Program:
                 made = not isinstance(value.tensor, torch.nn.Parameter)
             else:
                 is_number = isinstance(hint, (int, float, bool, torch.Size, torch.dtype, torch.device))
-                made = is_number or (node.op.startswith("call") and all(n in ready for n in node.all_input_nodes))
+                made = is_number or (
+                    node.op.startswith("call") and all(n in ready for n in node.all_input_nodes)
+                )
             if made:
                 ready.add(node)
                 if isinstance(hint, Tensor) and hint.is_floating_point():

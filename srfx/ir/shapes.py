@@ -242,7 +242,9 @@ def _returns_its_input_shape(module: nn.Module, args: tuple[Any, ...]) -> bool:
     n_dims = _BATCH_NORMS.get(type(module))  # type: ignore[arg-type]
     if n_dims is None:
         return False
-    tensors = [t for t in (*module._parameters.values(), module._buffers.get("running_mean")) if t is not None]
+    tensors = [
+        t for t in (*module._parameters.values(), module._buffers.get("running_mean")) if t is not None
+    ]
     fits = args[0].dim() in n_dims and args[0].shape[1] == module.num_features
     return fits and all(t.device == args[0].device and t.dtype == args[0].dtype for t in tensors)
 
@@ -252,7 +254,9 @@ def _is_unknowable(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"GuardOnDataDependentSymNode", "UnsupportedMutationAliasingException"}:
         return True
-    return isinstance(error, NotImplementedError) or (error.__cause__ is not None and _is_unknowable(error.__cause__))
+    return isinstance(error, NotImplementedError) or (
+        error.__cause__ is not None and _is_unknowable(error.__cause__)
+    )
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -328,7 +332,9 @@ def _bind(
             raise CaptureError(f"example_inputs give no value for input {name!r}")
     if args or kwargs:
         extra = ", ".join(kwargs) or f"{len(args)} positional"
-        raise CaptureError(f"example_inputs hold more than the graph takes ({len(placeholders)} inputs): {extra}")
+        raise CaptureError(
+            f"example_inputs hold more than the graph takes ({len(placeholders)} inputs): {extra}"
+        )
     return hints
 
 

@@ -56,8 +56,10 @@ class Classes:
         blocks: dict[tuple[tuple[int, ...], bytes, bytes], Block] = {}
         for b in table.blocks:
             rows, guards = rep[b.rows], rep[b.guards]
-            blocks.setdefault((tuple(rows.shape), rows.numpy().tobytes(), guards.numpy().tobytes()),
-                              Block(rows, guards, b.site))
+            blocks.setdefault(
+                (tuple(rows.shape), rows.numpy().tobytes(), guards.numpy().tobytes()),
+                Block(rows, guards, b.site),
+            )
         pinned = torch.zeros(table.size, dtype=torch.bool)
         pinned[0] = True
         for pin in table.pins:

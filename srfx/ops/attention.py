@@ -86,7 +86,9 @@ class Product(OpRule):
             return super().backward(call, live, facts)
         na, nb = _may_be_nonzero(facts, a), _may_be_nonzero(facts, b)
         if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):
-            nb = nb & facts.constancy(b).varies.cpu()  # a lane constant over all keys shifts a query's scores alike
+            nb = (
+                nb & facts.constancy(b).varies.cpu()
+            )  # a lane constant over all keys shifts a query's scores alike
         kept_a, kept_b = facts.kept_channels(a), facts.kept_channels(b)
         # a term is needed where both factors can be nonzero; a zero factor must be 0 where its channel stays
         used_a, used_b = live.any(-1, keepdim=True), live.any(-2, keepdim=True)
@@ -193,7 +195,9 @@ class Attention(OpRule):
             found[rank - 1] = values[rank - 1]
         return found
 
-    def _operand(self, call: Call, labels: Labeller, value: Value, rank: int, keep_lanes: bool) -> tuple[Fields, Shape]:
+    def _operand(
+        self, call: Call, labels: Labeller, value: Value, rank: int, keep_lanes: bool
+    ) -> tuple[Fields, Shape]:
         shape = call.shape(value)
         fields = _lift(labels.of(value), shape, rank)
         wide = (1,) * (rank - len(shape)) + shape

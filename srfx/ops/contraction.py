@@ -36,7 +36,9 @@ class Contraction(OpRule):
     """y = W x + b by channels; subclasses say how the weight is laid out and what a constant meets."""
 
     signature = ("input", "weight", "bias")
-    takes_statistics = True  # a norm's statistics may come in place of channels (there is a bias for the rest)
+    takes_statistics = (
+        True  # a norm's statistics may come in place of channels (there is a bias for the rest)
+    )
 
     # -------------------------------------------------------------- what a subclass says
     def groups(self, call: Call) -> int:
@@ -136,10 +138,14 @@ class Contraction(OpRule):
         fields = labels.of(w)[self.row_axis(call)]
         return fields.reshape(-1)
 
-    def _unify_columns(self, call: Call, labels: Labeller, fields: Fields, columns: Tensor, rank: int) -> None:
+    def _unify_columns(
+        self, call: Call, labels: Labeller, fields: Fields, columns: Tensor, rank: int
+    ) -> None:
         axis = self.channel_axis(call)
         shape = tuple(columns.numel() if a == axis else 1 for a in range(rank))
-        labels.unify([(fields, call.shape(self.x(call))), ({axis: columns.view(shape)}, shape)], rank, call.node.name)
+        labels.unify(
+            [(fields, call.shape(self.x(call))), ({axis: columns.view(shape)}, shape)], rank, call.node.name
+        )
 
     def _label_groups(self, call: Call, labels: Labeller, fields: Fields, rows: Tensor, g: int) -> None:
         raise NotImplementedError
@@ -197,10 +203,16 @@ class Contraction(OpRule):
         bias = call.value("bias")
         if bias is not None:
             found = facts.constancy(bias)
-            shift = found.value.double().cpu().expand(torch.broadcast_shapes(found.value.shape, found.varies.shape))
+            shift = (
+                found.value.double()
+                .cpu()
+                .expand(torch.broadcast_shapes(found.value.shape, found.varies.shape))
+            )
             if shift.dim() != 1 or not found.is_known:
                 return Constancy.top(len(call.out_shape))
-            result = result + shift.unflatten(0, (self.groups(call), -1)) if shift.numel() > 1 else result + shift
+            result = (
+                result + shift.unflatten(0, (self.groups(call), -1)) if shift.numel() > 1 else result + shift
+            )
         return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result.expand(moved.shape)))
 
     def _fold_value(self, call: Call, value: Tensor) -> Tensor:
@@ -254,7 +266,12 @@ class Contraction(OpRule):
         A channel that the norm keeps anyway is read as it is.
         """
         affine = c.affine
-        if affine is None or affine.axis != self.channel_axis(call) or self.groups(call) > 1 or affine.norm in facts.closed:
+        if (
+            affine is None
+            or affine.axis != self.channel_axis(call)
+            or self.groups(call) > 1
+            or affine.norm in facts.closed
+        ):
             return None
         kept = self._by_group(call, facts.kept_channels(self.x(call)))
         return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
@@ -274,7 +291,9 @@ class Contraction(OpRule):
         if not bool(gone.any()):
             return None
         columns = self._combine(call, gone, c.affine)
-        needed = {name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())}
+        needed = {
+            name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())
+        }
         if not (c.affine.bordered or self.has_border(call)):
             needed.discard("one")
         assert isinstance(c.affine.norm, fx.Node)
@@ -316,7 +335,9 @@ class Contraction(OpRule):
         x, w, live = self.x(call), self.w(call), facts.liveness(call.node)
         assert isinstance(w, Param)
         c = facts.constancy(x)
-        varies = self._by_group(call, c.varies.cpu()).flatten(0, -3)[0]  # [G, C]: private, so no outer positions
+        varies = self._by_group(call, c.varies.cpu()).flatten(0, -3)[
+            0
+        ]  # [G, C]: private, so no outer positions
         value = self._by_group(call, c.value.double().cpu()).flatten(0, -3)[0]
         rows = self._rows_by_group(call, live).flatten(0, -3).any(0)  # [G, R]
         wanted = self._wanted(call, live, facts).flatten(0, -3)[0]  # [G, C]
@@ -324,7 +345,9 @@ class Contraction(OpRule):
         read = _columns_read(rows, reads)
         absorbed = torch.where(read & ~varies & ~wanted, value, 0.0)
         gone = self._combinable(call, facts, c)
-        gone = (gone.flatten(0, -2).any(0) & read[0]) if gone is not None else torch.zeros(0, dtype=torch.bool)
+        gone = (
+            (gone.flatten(0, -2).any(0) & read[0]) if gone is not None else torch.zeros(0, dtype=torch.bool)
+        )
         used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
         edits: list[GraphEdit] = []
         weight, shift = w.tensor.detach(), torch.zeros(rows.shape, dtype=torch.float64)
@@ -340,7 +363,9 @@ class Contraction(OpRule):
             shift = shift + self._fold_value(call, absorbed)
         return edits + self._fold_bias(call, shift, rows)
 
-    def _take_statistics(self, call: Call, facts: FactTable, new: Tensor, gone: Tensor, rows: Tensor) -> Tensor:
+    def _take_statistics(
+        self, call: Call, facts: FactTable, new: Tensor, gone: Tensor, rows: Tensor
+    ) -> Tensor:
         """Write the statistics' columns into the new weight; returns what goes to the bias, [1, R]."""
         affine = facts.constancy(self.x(call)).affine
         assert affine is not None
@@ -350,15 +375,21 @@ class Contraction(OpRule):
             at = facts.emitted.get(affine.norm, {}).get(name)
             if at is not None:
                 m[0, :, at] = 0 if name == "one" and to_bias else column.to(new)
-        return columns[2].sum(-1).unsqueeze(0) if to_bias else torch.zeros(1, rows.numel(), dtype=torch.float64)
+        return (
+            columns[2].sum(-1).unsqueeze(0) if to_bias else torch.zeros(1, rows.numel(), dtype=torch.float64)
+        )
 
-    def _carry(self, call: Call, facts: FactTable, weight: Tensor, absorbed: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    def _carry(
+        self, call: Call, facts: FactTable, weight: Tensor, absorbed: Tensor, value: Tensor, rows: Tensor
+    ) -> Tensor:
         """sum_c (k_c / k_0) W[:, c] at the carrier's column, zero elsewhere; computed in float64."""
         carrier = facts.carriers[self.x(call)]
         m = self.matrix(call, weight)[0]  # [R, C, taps]
         columns = (absorbed != 0).nonzero().flatten()
         ratio = (absorbed[columns] / value[carrier]).to(m.device)
-        moved = (m.index_select(1, columns.to(m.device)).double() * ratio.view(1, -1, 1)).sum(1) * rows.to(m).view(-1, 1)
+        moved = (m.index_select(1, columns.to(m.device)).double() * ratio.view(1, -1, 1)).sum(1) * rows.to(
+            m
+        ).view(-1, 1)
         new = torch.zeros_like(weight)
         self.matrix(call, new)[0, :, carrier] = moved.to(weight.dtype)
         return new
@@ -372,7 +403,17 @@ class Contraction(OpRule):
             if not bool((shift != 0).any()):
                 return []
             new = shift.to(w.tensor)
-            return [SetTensor(call.node.name, "bias", (call.slot("bias"),), new, True, w.tensor.requires_grad, call.signature)]
+            return [
+                SetTensor(
+                    call.node.name,
+                    "bias",
+                    (call.slot("bias"),),
+                    new,
+                    True,
+                    w.tensor.requires_grad,
+                    call.signature,
+                )
+            ]
         if not isinstance(bias, Param) or bias.tensor.dim() != 1:
             return []
         old = bias.tensor.detach()
@@ -385,8 +426,11 @@ class Contraction(OpRule):
 
     def module_widths(self, call: Call, facts: FactTable, *names: str) -> list[GraphEdit]:
         """Edits of a module's width attributes (operand, result), where they change."""
-        return [SetArgument(call.node.name, name, width)
-                for name, width in zip(names, self.widths(call, facts), strict=True) if call.get(name) != width]
+        return [
+            SetArgument(call.node.name, name, width)
+            for name, width in zip(names, self.widths(call, facts), strict=True)
+            if call.get(name) != width
+        ]
 
     def widths(self, call: Call, facts: FactTable) -> tuple[int, int]:
         """Channels that stay in the operand and in the result."""
@@ -513,9 +557,14 @@ class Convolution(Contraction):
     def _grouped_fields(self, call: Call, labels: Labeller, w: Value) -> None:
         shape = call.shape(w)
         rank, g = len(shape), self.groups(call)
-        per_group = self._per_group(call)  # lanes along axis 1, one set of them for each group of axis-0 positions
+        per_group = self._per_group(
+            call
+        )  # lanes along axis 1, one set of them for each group of axis-0 positions
         lanes = labels.table.fresh(g, per_group).repeat_interleave(shape[0] // g, 0)
-        fields = {a: labels.table.fresh(n).view([n if i == a else 1 for i in range(rank)]) for a, n in enumerate(shape)}
+        fields = {
+            a: labels.table.fresh(n).view([n if i == a else 1 for i in range(rank)])
+            for a, n in enumerate(shape)
+        }
         fields[1] = lanes.view(shape[0], per_group, *(1 for _ in range(rank - 2)))
         labels.fields[w] = fields
 
@@ -599,7 +648,17 @@ def _all(value: Any, wanted: int) -> bool:
 class _Convolution(Convolution):
     """aten.convolution with ``transposed`` False."""
 
-    signature = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    signature = (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "dilation",
+        "transposed",
+        "output_padding",
+        "groups",
+    )
 
     def refused(self, call: Call) -> Reason | None:
         return Reason.UNKNOWN_OP if call.get("transposed") else super().refused(call)

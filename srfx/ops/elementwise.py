@@ -33,7 +33,11 @@ class Elementwise(OpRule):
     signature = ("input", "other")
 
     def operands(self, call: Call) -> list[Value]:
-        return [v for v in call.values() if not isinstance(v, fx.Node) or isinstance(call.program.hints[v], Tensor)]
+        return [
+            v
+            for v in call.values()
+            if not isinstance(v, fx.Node) or isinstance(call.program.hints[v], Tensor)
+        ]
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         if not isinstance(call.output, Tensor):
@@ -47,7 +51,9 @@ class Elementwise(OpRule):
         fields, shape = labels.of(value), call.shape(value)
         picked = self.picked_axes(call, value)
         labels.pin(value, call.node.name, Reason.CONSTANT_TABLE, picked)
-        return {a: f for a, f in fields.items() if a not in picked}, tuple(1 if a in picked else n for a, n in enumerate(shape))
+        return {a: f for a, f in fields.items() if a not in picked}, tuple(
+            1 if a in picked else n for a, n in enumerate(shape)
+        )
 
     def picked_axes(self, call: Call, value: Value) -> list[int]:
         """Axes of a constant table (rotary angles, a fixed bias) along which some computed operand is as wide."""
@@ -73,7 +79,11 @@ class Elementwise(OpRule):
         if bool(varies.all()) and not any(c.value.numel() > 1 for c in operands.values()):
             return Constancy.top(len(call.out_shape))
         value = call.run({v: _typed(c.value, _dtype(call, v)) for v, c in operands.items()})
-        value = value.double() if isinstance(value, Tensor) and not value.is_complex() else torch.tensor(float("nan"))
+        value = (
+            value.double()
+            if isinstance(value, Tensor) and not value.is_complex()
+            else torch.tensor(float("nan"))
+        )
         return self.annihilate(call, Constancy(varies.cpu(), value.cpu()), facts)
 
     def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
@@ -85,7 +95,9 @@ class Elementwise(OpRule):
             return {}
         assert isinstance(live, Tensor)
         wanted = self.wanted(call, live, facts)
-        return {v: collapse(self.refine(call, v, wanted, facts), facts.layout(v)) for v in self.reads(call, facts)}
+        return {
+            v: collapse(self.refine(call, v, wanted, facts), facts.layout(v)) for v in self.reads(call, facts)
+        }
 
     def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
         """Channels of the result that have to be right; a partial function has no harmless argument."""
@@ -111,7 +123,9 @@ class Elementwise(OpRule):
                 continue  # stored already
             if not facts.constancy(value).is_known:
                 continue
-            if tuple(torch.broadcast_shapes(*others)) == call.out_shape and call.output.dtype == _promoted(call, operands, value):
+            if tuple(torch.broadcast_shapes(*others)) == call.out_shape and call.output.dtype == _promoted(
+                call, operands, value
+            ):
                 return value
         return None
 
@@ -139,10 +153,16 @@ class Elementwise(OpRule):
         for node in call.node.all_input_nodes:
             value = call.program.value(node)
             shift = rank - len(call.shape(value)) if call.program.is_tensor(node) else 0
-            picked = {a + shift for a in self.picked_axes(call, value)} if call.program.is_tensor(node) else set()
+            picked = (
+                {a + shift for a in self.picked_axes(call, value)} if call.program.is_tensor(node) else set()
+            )
             steps = [(a, i) for a, i in facts.steps(fields, call.out_shape) if a in picked]
             if steps:
-                found.append(PickFromTable(call.node.name, node.name, f"{call.node.name}_{node.name}", tuple(steps), rank))
+                found.append(
+                    PickFromTable(
+                        call.node.name, node.name, f"{call.node.name}_{node.name}", tuple(steps), rank
+                    )
+                )
         return found
 
     def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
@@ -164,7 +184,9 @@ class Product(Elementwise):
         zero = torch.zeros((1,) * len(call.out_shape), dtype=torch.bool)
         for v in self.operands(call):
             zero = zero | facts.constancy(v).is_constant(0).cpu()
-        return Constancy(result.varies & ~zero, result.value.masked_fill(zero, 0) if zero.any() else result.value)
+        return Constancy(
+            result.varies & ~zero, result.value.masked_fill(zero, 0) if zero.any() else result.value
+        )
 
     def refine(self, call: Call, value: Value, live: Tensor, facts: FactTable) -> Tensor:
         operands = self.operands(call)
@@ -197,7 +219,9 @@ class Fill(Elementwise):
     """zeros_like, full_like and kin: a constant of the operand's shape; the operand lends only its shape."""
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
-        value = call.run({v: torch.zeros((1,) * len(call.shape(v)), dtype=_dtype(call, v)) for v in self.operands(call)})
+        value = call.run(
+            {v: torch.zeros((1,) * len(call.shape(v)), dtype=_dtype(call, v)) for v in self.operands(call)}
+        )
         return Constancy(torch.zeros_like(value, dtype=torch.bool), value.double())
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
@@ -377,7 +401,15 @@ def _register() -> None:
     op_rule(*(t for n in ("sub", "subtract") for t in spellings(n)), operator.sub, subtracts=True)(Sum)
     fills = ("zeros_like", "ones_like", "full_like")
     op_rule(*(t for n in fills for t in spellings(n)))(Fill)
-    noisy = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d")
+    noisy = (
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+    )
     modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     op_rule(*(t for n in noisy for t in spellings(n)), *modules, signature=("input", "p", "training"))(Random)
     for name in TOTAL:

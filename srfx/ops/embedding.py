@@ -32,7 +32,11 @@ class Embedding(OpRule):
         return value
 
     def is_followed(self, call: Call) -> bool:
-        return call.value("weight") is not None and call.get("max_norm") is None and len(call.shape(self.weight(call))) == 2
+        return (
+            call.value("weight") is not None
+            and call.get("max_norm") is None
+            and len(call.shape(self.weight(call))) == 2
+        )
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         if not self.is_followed(call):

@@ -71,8 +71,10 @@ class Labeller:
         channels of the others stay.  Where an operand does not differ along an outer axis with channels (a norm
         scale shared by all heads), the tie holds only where the outer channel is kept (theory: Lemma C3).
         """
-        aligned = [({a + rank - len(s): _lift(f, rank) for a, f in fs.items()}, (1,) * (rank - len(s)) + s)
-                   for fs, s in operands]
+        aligned = [
+            ({a + rank - len(s): _lift(f, rank) for a, f in fs.items()}, (1,) * (rank - len(s)) + s)
+            for fs, s in operands
+        ]
         chosen: Fields = {}
         for axis in range(rank):
             extent = max(s[axis] for _, s in aligned)

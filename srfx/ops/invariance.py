@@ -42,7 +42,11 @@ def _absorbs(user: fx.Node, node: fx.Node, axis: int, program: Program) -> bool:
     if isinstance(rule, Movement) and rule.source(call) is node:
         there = follow(rule.steps(call), axis)
         return there is not None and is_shift_invariant(user, there, program)
-    if isinstance(rule, AlongOne) or not isinstance(rule, Elementwise) or not _keeps_shift(rule, call, node, axis, program):
+    if (
+        isinstance(rule, AlongOne)
+        or not isinstance(rule, Elementwise)
+        or not _keeps_shift(rule, call, node, axis, program)
+    ):
         return False
     shift = len(call.out_shape) - len(program.shape(node))
     return is_shift_invariant(user, axis + shift, program)
@@ -56,9 +60,15 @@ def _keeps_shift(rule: Elementwise, call: Call, node: fx.Node, axis: int, progra
     if isinstance(rule, Sum):
         return True
     if isinstance(rule, Multiply) or target in _DIVISIONS:
-        return call.node.args[0] is node or isinstance(rule, Multiply) if _others_uniform(call, node, axis, program) else False
+        return (
+            call.node.args[0] is node or isinstance(rule, Multiply)
+            if _others_uniform(call, node, axis, program)
+            else False
+        )
     if target in _FILLS:
-        return call.node.args[0] is node and _is_mask_value(call.bound.get("value", call.node.args[-1]), program)
+        return call.node.args[0] is node and _is_mask_value(
+            call.bound.get("value", call.node.args[-1]), program
+        )
     if target in _CHOICES:
         other = call.node.args[2] if call.node.args[1] is node else call.node.args[1]
         return call.node.args[0] is not node and _is_mask_value(other, program)

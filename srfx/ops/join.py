@@ -25,7 +25,14 @@ from srfx.ops.sizes import index_instead, is_range, positions, set_argument
 aten = torch.ops.aten
 
 
-@op_rule(torch.cat, torch.concat, torch.concatenate, aten.cat.default, aten.concat.default, aten.concatenate.default)
+@op_rule(
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    aten.cat.default,
+    aten.concat.default,
+    aten.concatenate.default,
+)
 class Concat(OpRule):
     """y = cat(x_1 .. x_n, dim).  The channel sets of ``dim`` are concatenated, other axes are tied."""
 
@@ -59,7 +66,9 @@ class Concat(OpRule):
                 for found in held:
                     labels.table.pin(found, site, Reason.UNTRACKED_AXIS.name)
             elif tracked and any(h.shape[axis] > 1 for h in held):
-                joined[other] = _cat([_widen(h, axis, s[axis]) for h, (_, s) in zip(held, parts, strict=True)], axis)
+                joined[other] = _cat(
+                    [_widen(h, axis, s[axis]) for h, (_, s) in zip(held, parts, strict=True)], axis
+                )
             else:
                 joined[other] = self._tied(labels, held, axis)
         return joined
@@ -133,7 +142,9 @@ class Stack(OpRule):
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         axis = self.axis(call)
-        parts = [{_past(a, axis): f.unsqueeze(axis) for a, f in labels.of(v).items()} for v in self.parts(call)]
+        parts = [
+            {_past(a, axis): f.unsqueeze(axis) for a, f in labels.of(v).items()} for v in self.parts(call)
+        ]
         joined: Fields = {}
         for a in {a: None for f in parts for a in f}:
             held = [f[a] for f in parts if a in f]
@@ -171,7 +182,9 @@ def _widen(t: Tensor, axis: int, extent: int) -> Tensor:
 def _cat(parts: Sequence[Tensor], axis: int) -> Tensor:
     """cat of layout tensors, broadcast against each other on the other axes."""
     joint = torch.broadcast_shapes(*([1 if a == axis else n for a, n in enumerate(p.shape)] for p in parts))
-    return torch.cat([p.expand([p.shape[a] if a == axis else n for a, n in enumerate(joint)]) for p in parts], axis)
+    return torch.cat(
+        [p.expand([p.shape[a] if a == axis else n for a, n in enumerate(joint)]) for p in parts], axis
+    )
 
 
 # ------------------------------------------------------------------------------------------ tuples
@@ -258,7 +271,9 @@ class Split(Splitting):
         if call.node.target in (aten.split.Tensor, aten.split.sizes):
             split = Retarget(call.node.name, aten.split_with_sizes.default, (counts, self.axis(call)))
             return [*self.in_order(call, facts), split]
-        name = next(n for n in ("sizes", "split_size", "split_size_or_sections", "split_sizes") if n in call.bound)
+        name = next(
+            n for n in ("sizes", "split_size", "split_size_or_sections", "split_sizes") if n in call.bound
+        )
         return [*self.in_order(call, facts), set_argument(call, name, counts)]
 
 
@@ -273,7 +288,11 @@ class Chunk(Splitting):
         counts = self.counts(call, facts)
         if counts is None:
             return self.in_order(call, facts)
-        target = aten.split_with_sizes.default if isinstance(call.node.target, torch._ops.OpOverload) else torch.split
+        target = (
+            aten.split_with_sizes.default
+            if isinstance(call.node.target, torch._ops.OpOverload)
+            else torch.split
+        )
         return [*self.in_order(call, facts), Retarget(call.node.name, target, (counts, self.axis(call)))]
 
 
@@ -313,7 +332,11 @@ class GetItem(AlongAxis):
         node = self._tuple(call)
         if node is not None:
             found, index = labels.fields.get(node), call.get("index")
-            if isinstance(found, tuple) and isinstance(index, (int, slice)) and isinstance(call.output, (Tensor, tuple, list)):
+            if (
+                isinstance(found, tuple)
+                and isinstance(index, (int, slice))
+                and isinstance(call.output, (Tensor, tuple, list))
+            ):
                 return found[index]
             return {}
         if not isinstance(call.output, Tensor):
@@ -344,7 +367,9 @@ class GetItem(AlongAxis):
         node, index = call["input"], call.get("index")
         if not isinstance(node, fx.Node) or node in labels.static:
             return True
-        whole = (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1)
+        whole = (node.target is getattr and node.args[1] == "shape") or (
+            node.target == "size" and len(node.args) == 1
+        )
         if not whole or not isinstance(index, int):
             return False
         source = call.program.value(node.args[0])  # type: ignore[arg-type]
@@ -396,14 +421,25 @@ class GetItem(AlongAxis):
         if parsed is None:
             return []
         fields, shape = facts.fields(source), call.shape(source)
-        changed = [a for a in fields if facts.changed(fields, a, shape[a]) and (a in parsed.picked or a in parsed.takes)]
+        changed = [
+            a
+            for a in fields
+            if facts.changed(fields, a, shape[a]) and (a in parsed.picked or a in parsed.takes)
+        ]
         if not changed:
             return []
         entries = list(parsed.entries)
         if any(axis in parsed.gathered for axis in changed):
             (axis,) = parsed.takes
             taken = facts.is_kept(fields[axis]).index_select(axis, parsed.takes[axis].source)
-            return [index_instead(call, call["input"], axis, positions(facts, fields, axis, parsed.takes[axis].source, taken))]
+            return [
+                index_instead(
+                    call,
+                    call["input"],
+                    axis,
+                    positions(facts, fields, axis, parsed.takes[axis].source, taken),
+                )
+            ]
         for axis in changed:
             take = parsed.takes.get(axis) or Take(axis, torch.tensor([parsed.picked[axis]]), shape[axis])
             taken = facts.is_kept(fields[axis])
@@ -412,7 +448,13 @@ class GetItem(AlongAxis):
             entries[parsed.entry_of[axis]] = self._entry(axis in parsed.picked, index)
         if any(e is None and i in parsed.entry_of.values() for i, e in enumerate(entries)):
             axis = changed[0]
-            index = positions(facts, fields, axis, parsed.takes[axis].source, facts.is_kept(fields[axis]).index_select(axis, parsed.takes[axis].source))
+            index = positions(
+                facts,
+                fields,
+                axis,
+                parsed.takes[axis].source,
+                facts.is_kept(fields[axis]).index_select(axis, parsed.takes[axis].source),
+            )
             return [index_instead(call, call["input"], axis, index)]
         return [set_argument(call, "index", tuple(entries))]
 

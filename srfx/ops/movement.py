@@ -132,7 +132,9 @@ class Unflatten(Reshaping):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         rank = len(call.shape(self.source(call)))
         name = "unflattened_size" if call.module is not None else "sizes"
-        return resized(call, facts, name, facts.fields(call.node), call.out_shape, _axis(call.get("dim"), rank))
+        return resized(
+            call, facts, name, facts.fields(call.node), call.out_shape, _axis(call.get("dim"), rank)
+        )
 
 
 @op_rule("expand", torch.broadcast_to, "broadcast_to", aten.expand.default, "expand_as", aten.expand_as.default,
@@ -182,7 +184,9 @@ class Transpose(Movement):
 
     def steps(self, call: Call) -> list[Step]:
         order = list(range(len(call.out_shape)))
-        a, b = (_axis(call.get(n, call.get(o)), len(order)) for n, o in (("dim0", "axis0"), ("dim1", "axis1")))
+        a, b = (
+            _axis(call.get(n, call.get(o)), len(order)) for n, o in (("dim0", "axis0"), ("dim1", "axis1"))
+        )
         order[a], order[b] = order[b], order[a]
         return [Permute(tuple(order))]
 
@@ -310,7 +314,9 @@ class Flip(Movement):
         shape = call.out_shape
         dims = _FLIPS.get(call.node.target) or call.get("dims")
         dims = [dims] if isinstance(dims, int) else dims
-        return [Take(a, torch.arange(shape[a]).flip(0), shape[a]) for a in (_axis(d, len(shape)) for d in dims)]
+        return [
+            Take(a, torch.arange(shape[a]).flip(0), shape[a]) for a in (_axis(d, len(shape)) for d in dims)
+        ]
 
 
 @op_rule(torch.roll, "roll", aten.roll.default)
@@ -323,7 +329,11 @@ class Roll(AlongAxis):
         shape, shifts, dims = call.out_shape, call.get("shifts"), call.get("dims")
         if dims is None or dims == [] or dims == ():
             flat = (torch.Size(shape).numel(),)
-            return [Regroup(shape, flat), Take(0, torch.arange(flat[0]).roll(shifts), flat[0]), Regroup(flat, shape)]
+            return [
+                Regroup(shape, flat),
+                Take(0, torch.arange(flat[0]).roll(shifts), flat[0]),
+                Regroup(flat, shape),
+            ]
         shifts = [shifts] if isinstance(shifts, int) else shifts
         dims = [dims] if isinstance(dims, int) else dims
         axes = [_axis(d, len(shape)) for d in dims]
@@ -333,7 +343,9 @@ class Roll(AlongAxis):
         steps = self.steps(call)
         takes = [s for s in steps if isinstance(s, Take)]
         tracked = [s.axis for s in takes if s.axis in labels.of(self.source(call))]
-        if len(steps) > len(takes) or (tracked and len(takes) > 1):  # several axes at once: no single index_select
+        if len(steps) > len(takes) or (
+            tracked and len(takes) > 1
+        ):  # several axes at once: no single index_select
             labels.pin(self.source(call), call.node.name, Reason.CHANNEL_MIXING)
         return super().label(call, labels)
 
@@ -384,7 +396,10 @@ class Narrow(AlongAxis):
         start = int(index[0]) if index.numel() else 0
         if "length" in call.bound:
             return [set_argument(call, "start", start), set_argument(call, "length", index.numel())]
-        edits: list[GraphEdit] = [set_argument(call, "start", start), set_argument(call, "end", start + index.numel())]
+        edits: list[GraphEdit] = [
+            set_argument(call, "start", start),
+            set_argument(call, "end", start + index.numel()),
+        ]
         return edits + ([set_argument(call, "step", 1)] if call.get("step", 1) != 1 else [])
 
 
@@ -422,7 +437,9 @@ class Select(AlongAxis):
         if not facts.changed(fields, take.axis, take.extent):
             return []
         kept = facts.is_kept(fields[take.axis])
-        assert bool(kept.index_select(take.axis, take.source).any()), f"{call.where}: selects a removed channel"
+        assert bool(kept.index_select(take.axis, take.source).any()), (
+            f"{call.where}: selects a removed channel"
+        )
         index = positions(facts, fields, take.axis, take.source, kept.index_select(take.axis, take.source))
         return [set_argument(call, "index", int(index[0]))]
 
@@ -438,7 +455,9 @@ class Repeat(Movement):
         lifted = (1,) * (len(after) - len(before)) + before
         steps: list[Step] = [Regroup(before, lifted)] if lifted != before else []
         return steps + [
-            Take(a, torch.arange(n) % m, m) for a, (n, m) in enumerate(zip(after, lifted, strict=True)) if n != m
+            Take(a, torch.arange(n) % m, m)
+            for a, (n, m) in enumerate(zip(after, lifted, strict=True))
+            if n != m
         ]
 
     def label(self, call: Call, labels: Labeller) -> Fields:

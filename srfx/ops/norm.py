@@ -114,7 +114,10 @@ class LayerNorm(OpRule):
         shape = [n_emitted if d == axis else 1 for d in range(kept.dim())]
         if own is kept:
             labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
-        return torch.cat([own, extra.view(shape).expand([n_emitted if d == axis else n for d, n in enumerate(own.shape)])], axis)
+        return torch.cat(
+            [own, extra.view(shape).expand([n_emitted if d == axis else n for d, n in enumerate(own.shape)])],
+            axis,
+        )
 
     def is_open(self, call: Call, program: Program, labels: Tensor, axis: int) -> bool:
         """Whether every reader is linear in the result and may change its weight."""
@@ -159,7 +162,12 @@ class LayerNorm(OpRule):
         mask = ~varies & (gamma != 0)
         coefficients = self._coefficients(value, gamma, beta, self.shift(call, value[mask]))
         pad = torch.zeros(3, n_extra, dtype=torch.float64)
-        return Affine(call.node, axis, torch.cat([mask, torch.zeros(n_extra, dtype=torch.bool)]), torch.cat([coefficients, pad], 1))
+        return Affine(
+            call.node,
+            axis,
+            torch.cat([mask, torch.zeros(n_extra, dtype=torch.bool)]),
+            torch.cat([coefficients, pad], 1),
+        )
 
     def shift(self, call: Call, constants: Tensor) -> float:
         """c of the emitted (mu - c) r: near the constants, so that the product stays small."""
@@ -180,7 +188,9 @@ class LayerNorm(OpRule):
             rows = rows.any(d, keepdim=True)
         if axis is not None:
             width = call.shape(x)[axis]
-            truly = live.expand([call.out_shape[axis] if d == axis else n for d, n in enumerate(live.shape)]).narrow(axis, 0, width)
+            truly = live.expand(
+                [call.out_shape[axis] if d == axis else n for d, n in enumerate(live.shape)]
+            ).narrow(axis, 0, width)
             places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
             if places:
                 truly = truly.index_fill(axis, torch.tensor(places), False)
@@ -213,7 +223,11 @@ class LayerNorm(OpRule):
         stays = facts.is_kept(facts.fields(x)[axis]).flatten()
         places = {name: width + i for i, name in enumerate(self.emits(call))}
         before = facts.emitted.get(call.node)
-        if before is not None and names <= set(before) and not any(bool(stays[at]) for at in before.values() if at < width):
+        if (
+            before is not None
+            and names <= set(before)
+            and not any(bool(stays[at]) for at in before.values() if at < width)
+        ):
             return False
         new = [name for name in EMITS if name in names and name not in places]
         free = [] if gone is None else (gone[:width] & ~stays).nonzero().flatten().tolist()
@@ -237,7 +251,11 @@ class LayerNorm(OpRule):
         if axis is None:
             return []
         kept = facts.is_kept(facts.fields(x)[axis])
-        kept = kept.reshape(-1, kept.shape[axis]) if axis == kept.dim() - 1 else kept.movedim(axis, -1).reshape(-1, kept.shape[axis])
+        kept = (
+            kept.reshape(-1, kept.shape[axis])
+            if axis == kept.dim() - 1
+            else kept.movedim(axis, -1).reshape(-1, kept.shape[axis])
+        )
         emits = self._emitted(call, facts, axis)
         if bool(kept.all()) and emits == self.emits(call):
             return []
@@ -250,12 +268,24 @@ class LayerNorm(OpRule):
         return self.rewrite(call, facts, shape, value[~row], repeat, emits)
 
     def _emitted(self, call: Call, facts: FactTable, axis: int) -> tuple[str, ...]:
-        own = facts.is_kept(facts.fields(call.node)[axis]).flatten(0, -2)[0] if axis == len(call.out_shape) - 1 else None
-        places = facts.emitted.get(call.node, {name: call.shape(self.x(call))[-1] + i for i, name in enumerate(self.emits(call))})
+        own = (
+            facts.is_kept(facts.fields(call.node)[axis]).flatten(0, -2)[0]
+            if axis == len(call.out_shape) - 1
+            else None
+        )
+        places = facts.emitted.get(
+            call.node, {name: call.shape(self.x(call))[-1] + i for i, name in enumerate(self.emits(call))}
+        )
         return tuple(n for n in EMITS if n in places and own is not None and bool(own[places[n]]))
 
     def rewrite(
-        self, call: Call, facts: FactTable, shape: list[int], gone: Tensor, repeat: int, emits: tuple[str, ...]
+        self,
+        call: Call,
+        facts: FactTable,
+        shape: list[int],
+        gone: Tensor,
+        repeat: int,
+        emits: tuple[str, ...],
     ) -> Iterable[GraphEdit]:
         """Replace the call by its compensated form of the kept width."""
         removed = self._before(call).merge(RemovedConstants.from_values(gone, repeat=repeat))
@@ -264,11 +294,33 @@ class LayerNorm(OpRule):
         if call.module is not None:
             weight, bias = call.get("weight"), call.get("bias")
             module = CompensatedLayerNorm(
-                shape, removed, eps=eps, elementwise_affine=weight is not None, bias=bias is not None, emits=emits, emit_shift=shift
+                shape,
+                removed,
+                eps=eps,
+                elementwise_affine=weight is not None,
+                bias=bias is not None,
+                emits=emits,
+                emit_shift=shift,
             )
-            return [ReplaceModule(call.node.name, module, tuple(n for n in ("weight", "bias") if call.get(n) is not None))]
-        args = (Ref(call["input"].name), tuple(shape), torch.Size(shape).numel() + removed.n_values, removed.mean, removed.m2)
-        kwargs = {"weight": _ref(call, "weight"), "bias": _ref(call, "bias"), "eps": eps, "emits": emits, "emit_shift": shift}
+            return [
+                ReplaceModule(
+                    call.node.name, module, tuple(n for n in ("weight", "bias") if call.get(n) is not None)
+                )
+            ]
+        args = (
+            Ref(call["input"].name),
+            tuple(shape),
+            torch.Size(shape).numel() + removed.n_values,
+            removed.mean,
+            removed.m2,
+        )
+        kwargs = {
+            "weight": _ref(call, "weight"),
+            "bias": _ref(call, "bias"),
+            "eps": eps,
+            "emits": emits,
+            "emit_shift": shift,
+        }
         return [Recall(call.node.name, functional.compensated_layer_norm, args, kwargs)]
 
     def _shift_of(self, call: Call, facts: FactTable) -> float:
@@ -311,7 +363,11 @@ def linear_readers(node: fx.Node, axis: int, program: Program) -> bool:
             if rule.refused(call) is not None or rule.x(call) is not node or rule.channel_axis(call) != axis:
                 return False
             tensors = [call.value(n) for n in ("weight", "bias")]
-            if rule.groups(call) > 1 or not rule.takes_statistics or any(isinstance(t, Param) and t.n_sites > 1 for t in tensors):
+            if (
+                rule.groups(call) > 1
+                or not rule.takes_statistics
+                or any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
+            ):
                 return False
         elif isinstance(rule, Movement) and rule.source(call) is node:
             there = follow(rule.steps(call), axis)
@@ -347,7 +403,13 @@ class RMSNorm(LayerNorm):
         return Constancy(found.varies & ~zero, torch.where(zero, 0.0, found.value), affine)
 
     def rewrite(
-        self, call: Call, facts: FactTable, shape: list[int], gone: Tensor, repeat: int, emits: tuple[str, ...]
+        self,
+        call: Call,
+        facts: FactTable,
+        shape: list[int],
+        gone: Tensor,
+        repeat: int,
+        emits: tuple[str, ...],
     ) -> Iterable[GraphEdit]:
         removed = RemovedConstants.from_values(gone, repeat=repeat)
         squares = self._squares(call) + removed.sum_squares
@@ -365,7 +427,11 @@ class RMSNorm(LayerNorm):
         assert scaled is not None
         edits: list[GraphEdit] = [SetTensor(call.node.name, "weight", tuple(weight.names), scaled)]
         if call.module is not None:
-            return [*edits, SetArgument(call.node.name, "normalized_shape", tuple(shape)), SetArgument(call.node.name, "eps", eps)]
+            return [
+                *edits,
+                SetArgument(call.node.name, "normalized_shape", tuple(shape)),
+                SetArgument(call.node.name, "eps", eps),
+            ]
         return [*edits, set_argument(call, "normalized_shape", tuple(shape)), set_argument(call, "eps", eps)]
 
     def _compensated(
@@ -373,7 +439,9 @@ class RMSNorm(LayerNorm):
     ) -> Iterable[GraphEdit]:
         if call.module is not None:
             affine = call.get("weight") is not None
-            module = CompensatedRMSNorm(shape[-1], n_total, squares, eps=call.get("eps"), elementwise_affine=affine, emits=emits)
+            module = CompensatedRMSNorm(
+                shape[-1], n_total, squares, eps=call.get("eps"), elementwise_affine=affine, emits=emits
+            )
             return [ReplaceModule(call.node.name, module, ("weight",) if affine else ())]
         args = (Ref(call["input"].name), tuple(shape), n_total, squares)
         kwargs = {"weight": _ref(call, "weight"), "eps": call.get("eps"), "emits": emits}
@@ -444,7 +512,11 @@ class GroupNorm(OpRule):
 
     def _gamma(self, call: Call, facts: FactTable, name: str, default: float) -> Tensor:
         value = call.value(name)
-        found = torch.tensor([default], dtype=torch.float64) if value is None else facts.constancy(value).value.double().cpu()
+        found = (
+            torch.tensor([default], dtype=torch.float64)
+            if value is None
+            else facts.constancy(value).value.double().cpu()
+        )
         return found.view([-1 if a == 1 else 1 for a in range(len(call.out_shape))])
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
@@ -456,7 +528,10 @@ class GroupNorm(OpRule):
         x = self.x(call)
         c, groups = facts.constancy(x), self.groups(call)
         shape = [groups.numel() if a == 1 else 1 for a in range(live.dim())]
-        active = collapse(live, tuple(shape)).expand(shape).flatten() & (self._gamma(call, facts, "weight", 1.0) != 0).flatten()
+        active = (
+            collapse(live, tuple(shape)).expand(shape).flatten()
+            & (self._gamma(call, facts, "weight", 1.0) != 0).flatten()
+        )
         counts = torch.zeros(int(groups.max()) + 1).index_add(0, groups, active.float())
         rows = (counts[groups] > 0).view(shape)
         wanted = rows & (c.varies.cpu() | facts.kept_channels(x)) | (live & active.view(shape))
@@ -472,14 +547,23 @@ class GroupNorm(OpRule):
         value = c.value.double().cpu().flatten().expand(groups.numel())
         varies = c.varies.cpu().flatten().expand(groups.numel())
         value = torch.where(varies, 0.0, value)  # only channels of groups that are not live may vary and go
-        removed = [self._before(call)[g].merge(RemovedConstants.from_values(value[~kept & (groups == g)])) for g in range(len(self._before(call)))]
+        removed = [
+            self._before(call)[g].merge(RemovedConstants.from_values(value[~kept & (groups == g)]))
+            for g in range(len(self._before(call)))
+        ]
         eps, affine = call.get("eps", 1e-5), call.get("weight") is not None
         if call.module is not None:
             module = CompensatedGroupNorm(groups[kept], removed, eps=eps, affine=affine)
             return [ReplaceModule(call.node.name, module, ("weight", "bias") if affine else ())]
         size = torch.bincount(groups).max() if not call.get("group_size") else call.get("group_size")
         path = f"{call.node.name}_group_index"
-        args = (Ref(call["input"].name), Stored(path, groups[kept]), int(size), tuple(r.mean for r in removed), tuple(r.m2 for r in removed))
+        args = (
+            Ref(call["input"].name),
+            Stored(path, groups[kept]),
+            int(size),
+            tuple(r.mean for r in removed),
+            tuple(r.m2 for r in removed),
+        )
         kwargs = {"weight": _ref(call, "weight"), "bias": _ref(call, "bias"), "eps": eps}
         return [Recall(call.node.name, functional.compensated_group_norm, args, kwargs)]
 

@@ -123,7 +123,11 @@ class SumOver(Reduction):
         fields = labels.of(source)
         tracked = [d for d in self.dims(call) if d in fields]
         others = [a for a in fields if a not in self.dims(call)]
-        if len(tracked) > 1 or (tracked and others) or any(f.numel() != f.shape[a] for a, f in fields.items() if a in tracked):
+        if (
+            len(tracked) > 1
+            or (tracked and others)
+            or any(f.numel() != f.shape[a] for a, f in fields.items() if a in tracked)
+        ):
             labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, tracked)
         return super().label(call, labels)
 
@@ -159,7 +163,9 @@ class SumOver(Reduction):
         axis = axes[0]
         c = facts.constancy(source)
         gone = ~facts.is_kept(fields[axis]) & ~c.varies
-        value = torch.where(gone, c.value.double().expand(torch.broadcast_shapes(c.value.shape, gone.shape)), 0.0)
+        value = torch.where(
+            gone, c.value.double().expand(torch.broadcast_shapes(c.value.shape, gone.shape)), 0.0
+        )
         shift = float(value.sum()) / (shape[axis] if self.divides else 1)
         scale = facts.count(fields, axis) / shape[axis] if self.divides else 1.0
         stored = torch.tensor(shift, dtype=call.output.dtype) if shift else None
@@ -193,7 +199,11 @@ class MaxMin(Extremum):
         return self.pairwise.forward(call, facts) if self.is_pair(call) else super().forward(call, facts)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
-        return self.pairwise.backward(call, live, facts) if self.is_pair(call) else super().backward(call, live, facts)
+        return (
+            self.pairwise.backward(call, live, facts)
+            if self.is_pair(call)
+            else super().backward(call, live, facts)
+        )
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return self.pairwise.reads(call, facts) if self.is_pair(call) else super().reads(call, facts)
@@ -297,8 +307,12 @@ def _register() -> None:
     for name in ("prod", "var", "std", "var_mean", "std_mean", "logsumexp", "argmax", "argmin", "all", "any",
                  "count_nonzero", "nansum"):  # fmt: skip
         op_rule(*spellings(name))(Reduction)
-    op_rule(torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)(MaxMin)
-    op_rule(*spellings("linalg_vector_norm"), *spellings("norm"), signature=("input", "p", "dim", "keepdim"))(Reduction)
+    op_rule(
+        torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim
+    )(MaxMin)
+    op_rule(*spellings("linalg_vector_norm"), *spellings("norm"), signature=("input", "p", "dim", "keepdim"))(
+        Reduction
+    )
     for name in ("softmax", "_softmax"):
         op_rule(*spellings(name))(Softmax)
     for name in ("log_softmax", "softmin", "_log_softmax"):

@@ -35,7 +35,9 @@ def op_rule(*targets: Any, **options: Any) -> Callable[[type[OpRule]], type[OpRu
         for entry in targets:
             target, names = entry if isinstance(entry, tuple) else (entry, None)
             if target in _RULES:
-                raise ValueError(f"{target} has a rule already: {type(_RULES[target][0]).__name__}, {cls.__name__}")
+                raise ValueError(
+                    f"{target} has a rule already: {type(_RULES[target][0]).__name__}, {cls.__name__}"
+                )
             signature = tuple(names.split()) if names else _signature(target, rule)
             _RULES[target] = (rule, signature)
         return cls

@@ -29,7 +29,9 @@ class ShapeRead(OpRule):
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         source = call.value("input")
-        if source is not None and all(a in labels.of(source) for a in self.axes(call, len(call.shape(source)))):
+        if source is not None and all(
+            a in labels.of(source) for a in self.axes(call, len(call.shape(source)))
+        ):
             labels.static.add(call.node)
         return {}
 
@@ -93,7 +95,11 @@ class GetAttribute(ShapeRead):
         return super().label(call, labels)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        return self.tensor_rule(call).forward(call, facts) if isinstance(call.output, Tensor) else Constancy.top(0)
+        return (
+            self.tensor_rule(call).forward(call, facts)
+            if isinstance(call.output, Tensor)
+            else Constancy.top(0)
+        )
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         return self.tensor_rule(call).backward(call, live, facts) if isinstance(call.output, Tensor) else {}
@@ -132,7 +138,11 @@ class Scalar(OpRule):
         return {}
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
-        return OpRule.backward(self, call, live, facts) if call.node.target in (builtins.int, builtins.float) else {}
+        return (
+            OpRule.backward(self, call, live, facts)
+            if call.node.target in (builtins.int, builtins.float)
+            else {}
+        )
 
 
 # ------------------------------------------------------------------------------------------ creation
@@ -151,8 +161,11 @@ class Creation(OpRule):
         shape, raw = call.out_shape, self.sizes(call)
         if isinstance(raw, fx.Node):
             return {}
-        return {a: labels.table.fresh(n).view([n if i == a else 1 for i in range(len(shape))])
-                for a, n in enumerate(shape) if n > 1 and not isinstance(raw[a], fx.Node)}
+        return {
+            a: labels.table.fresh(n).view([n if i == a else 1 for i in range(len(shape))])
+            for a, n in enumerate(shape)
+            if n > 1 and not isinstance(raw[a], fx.Node)
+        }
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         value = call.run({v: torch.zeros(call.shape(v)) for v in call.values()}) if self.is_uniform else None
@@ -173,9 +186,14 @@ class Creation(OpRule):
         return resized(call, facts, "size", facts.fields(call.node), call.out_shape)
 
 
-op_rule(aten.zeros.default, aten.ones.default, aten.full.default, (torch.zeros, "*size"), (torch.ones, "*size"), torch.full)(
-    Creation
-)
+op_rule(
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    (torch.zeros, "*size"),
+    (torch.ones, "*size"),
+    torch.full,
+)(Creation)
 op_rule(
     (aten.new_zeros.default, "input size"), (aten.new_ones.default, "input size"),
     (aten.new_full.default, "input size fill_value"), ("new_zeros", "input *size"), ("new_ones", "input *size"),

@@ -15,7 +15,9 @@ from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import FactTable
 
 
-def resized(call: Call, facts: FactTable, name: str, fields: Fields, shape: Shape, first_axis: int = 0) -> list[GraphEdit]:
+def resized(
+    call: Call, facts: FactTable, name: str, fields: Fields, shape: Shape, first_axis: int = 0
+) -> list[GraphEdit]:
     """Argument ``name`` lists sizes of the result from ``first_axis`` on: put in the counts that stay.
 
     An axis without a change keeps its argument, -1 stays -1, a literal becomes the count, a size computed in the
@@ -63,7 +65,9 @@ def positions(facts: FactTable, fields: Fields, axis: int, source: Tensor, taken
     kept = kept.reshape(-1, kept.shape[-1])
     if kept.shape[0] == 1:
         order = facts.index(fields, axis)
-        ranked = torch.zeros(kept.shape[1], dtype=torch.long).index_copy(0, order, torch.arange(order.numel()))
+        ranked = torch.zeros(kept.shape[1], dtype=torch.long).index_copy(
+            0, order, torch.arange(order.numel())
+        )
     chosen = taken.movedim(axis, -1)
     chosen = chosen.reshape(-1, chosen.shape[-1])
     row = int(kept.any(1).nonzero()[0]) if bool(kept.any()) else 0

@@ -78,7 +78,15 @@ def _zero(value: Any) -> bool:
 class AveragePool(PerChannel):
     """Average pooling: padding that is counted disturbs a constant at the border."""
 
-    signature = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    signature = (
+        "input",
+        "kernel_size",
+        "stride",
+        "padding",
+        "ceil_mode",
+        "count_include_pad",
+        "divisor_override",
+    )
 
     def keeps(self, call: Call) -> bool:
         if call.get("divisor_override") is not None:
@@ -105,7 +113,16 @@ class Interpolate(PerChannel):
 class InstanceNorm(PerChannel):
     """Instance norm on its own statistics: a constant channel comes out as its bias."""
 
-    signature = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    signature = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "use_input_stats",
+        "momentum",
+        "eps",
+    )
     vectors = ("weight", "bias", "running_mean", "running_var")
     width_name = "num_features"
 
@@ -117,8 +134,10 @@ class InstanceNorm(PerChannel):
             value = call.value(name)
             if value is not None:
                 axis = self.channel_axis(call)
-                found = {axis: f.view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
-                         for f in labels.of(value).values()}
+                found = {
+                    axis: f.view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
+                    for f in labels.of(value).values()
+                }
                 operands.append((found, tuple(n if a == axis else 1 for a, n in enumerate(self._lead(call)))))
         return labels.unify(operands, len(self._lead(call)), call.node.name)
 
@@ -172,7 +191,9 @@ class InstanceNorm(PerChannel):
         return [SetArgument(call.node.name, self.width_name, facts.count(facts.fields(source), axis))]
 
 
-op_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm, aten.instance_norm.default)(InstanceNorm)
+op_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm, aten.instance_norm.default)(
+    InstanceNorm
+)
 
 
 @op_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm,
@@ -213,7 +234,10 @@ class BatchNorm(InstanceNorm):
         for name in self.vectors:
             value = call.value(name)
             if value is not None:
-                found = {1: f.view([-1 if a == 1 else 1 for a in range(len(shape))]) for f in labels.of(value).values()}
+                found = {
+                    1: f.view([-1 if a == 1 else 1 for a in range(len(shape))])
+                    for f in labels.of(value).values()
+                }
                 operands.append((found, shape))
         return labels.unify(operands, len(shape), call.node.name)
 
@@ -232,8 +256,13 @@ class BatchNorm(InstanceNorm):
 
 
 _pools = [getattr(nn, f"{kind}Pool{d}d") for kind in ("Max", "AdaptiveAvg", "AdaptiveMax") for d in (1, 2, 3)]
-_pools += [getattr(F, f"{kind}_pool{d}d") for kind in ("max", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)]
-_pools += [getattr(torch, f"{kind}_pool{d}d") for kind, d in (("max", 1), ("max", 2), ("max", 3), ("adaptive_avg", 1))]
+_pools += [
+    getattr(F, f"{kind}_pool{d}d") for kind in ("max", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
+]
+_pools += [
+    getattr(torch, f"{kind}_pool{d}d")
+    for kind, d in (("max", 1), ("max", 2), ("max", 3), ("adaptive_avg", 1))
+]
 _pools += [getattr(aten, n).default for n in (
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
@@ -242,14 +271,31 @@ _pools += [getattr(aten, n).default for n in (
 
 def _register() -> None:
     op_rule(*dict.fromkeys(_pools))(PerChannel)
-    averages = [getattr(nn, f"AvgPool{d}d") for d in (1, 2, 3)] + [getattr(F, f"avg_pool{d}d") for d in (1, 2, 3)]
+    averages = [getattr(nn, f"AvgPool{d}d") for d in (1, 2, 3)] + [
+        getattr(F, f"avg_pool{d}d") for d in (1, 2, 3)
+    ]
     averages += [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default]
     op_rule(*dict.fromkeys(averages))(AveragePool)
     op_rule(nn.LPPool1d, nn.LPPool2d, F.lp_pool1d, F.lp_pool2d)(PowerPool)
-    upsamples = [getattr(getattr(aten, f"upsample_{m}"), o) for m in (
-        "nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d", "_nearest_exact1d")
-        if hasattr(aten, f"upsample_{m}") for o in ("default", "vec") if hasattr(getattr(aten, f"upsample_{m}"), o)]
-    op_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate, F.upsample, *upsamples)(Interpolate)
+    upsamples = [
+        getattr(getattr(aten, f"upsample_{m}"), o)
+        for m in (
+            "nearest1d",
+            "nearest2d",
+            "nearest3d",
+            "linear1d",
+            "bilinear2d",
+            "bicubic2d",
+            "trilinear3d",
+            "_nearest_exact1d",
+        )
+        if hasattr(aten, f"upsample_{m}")
+        for o in ("default", "vec")
+        if hasattr(getattr(aten, f"upsample_{m}"), o)
+    ]
+    op_rule(
+        nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate, F.upsample, *upsamples
+    )(Interpolate)
     edges = [getattr(nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication") for d in (1, 2, 3)]
     op_rule(*edges, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)(PerChannel)
 
