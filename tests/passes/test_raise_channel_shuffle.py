@@ -104,3 +104,19 @@ def test_a_chain_on_the_input_is_left() -> None:
 
     gm = capture(fx.symbolic_trace(Front()), (torch.randn(2, 8, 3, 3),)).graph_module
     assert not get_pass("raise-channel-shuffle", hints=[torch.randn(2, 8, 3, 3)])(gm).modified
+
+
+def test_indexing_by_a_computed_tensor_is_no_step() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.front(x)[x.sum((1, 2, 3)).argsort()])
+
+    x = X.double()
+    model = randomized(Sorted()).double()
+    for traced in (fx.symbolic_trace(model), torch.export.export(model, (x,), strict=False).module()):
+        gm = capture(traced, (x,)).graph_module
+        assert not get_pass("raise-channel-shuffle", hints=[x])(gm).modified
