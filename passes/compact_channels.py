@@ -27,7 +27,8 @@ from srfx.ir.edits import CompactTensor, FreezeSize, GraphEdit, GraphEditor, Res
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param
 from srfx.ir.shapes import hint_inputs, propagate
-from srfx.ops.facts import FactTable, Fields
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import FactTable
 from srfx.passes.base import Pass, register_pass
 
 
@@ -200,12 +201,10 @@ def replace_by_value(node: fx.Node, value: Any) -> None:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    from srfx.ops.registry import has_rule  # noqa: PLC0415
+    from srfx.ops.registry import has_rule
 
-    return (
-        node.op in ("placeholder", "output")
-        or (node.op.startswith("call") and not has_rule(node.target))
-        and node.is_impure()
+    return node.op in ("placeholder", "output") or (
+        (node.op.startswith("call") and not has_rule(node.target)) and node.is_impure()
     )
 
 

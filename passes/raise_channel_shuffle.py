@@ -110,6 +110,8 @@ def _step(node: fx.Node, program: Program) -> Step | str | None:
         return None
     if isinstance(rule, Copy):
         return "copy" if op_name(node) in _COPIES else None
+    if not rule.is_followed(call):
+        return None
     steps = rule.steps(call)
     return steps[0] if len(steps) == 1 and isinstance(steps[0], (Permute, Regroup)) else None
 

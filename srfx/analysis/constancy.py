@@ -6,7 +6,8 @@ import torch
 
 from srfx.analysis.calls import Site
 from srfx.lattice.constancy import Constancy
-from srfx.ops.facts import FactTable, Fields
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import FactTable
 
 
 def constancy(facts: FactTable, sites: list[Site]) -> None:

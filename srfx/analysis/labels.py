@@ -5,7 +5,8 @@ from __future__ import annotations
 from srfx.analysis.calls import Site
 from srfx.ir.plan import Reason
 from srfx.ir.program import Program
-from srfx.ops.facts import Fields, Labeller
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Labeller
 
 
 def label(program: Program, sites: list[Site]) -> Labeller:

@@ -78,11 +78,10 @@ def live_labels(facts: FactTable) -> Tensor:
     marked = torch.zeros(facts.labeller.table.size, dtype=torch.bool)
     for value, live in facts.live.items():
         found = facts.labeller.fields.get(value)
-        pairs = zip(found, live, strict=True) if isinstance(found, tuple) else ((found, live),)
-        for fields, part in pairs:
-            if part is None or not fields:
-                continue
-            _mark(marked, fields, part)
+        parts = live if isinstance(live, tuple) else (live,)
+        for fields, part in zip(found if isinstance(found, tuple) else (found,), parts, strict=True):
+            if part is not None and fields:
+                _mark(marked, fields, part)
     seed = torch.zeros_like(marked)
     seed[facts.classes.representative[marked.nonzero().flatten()]] = True
     return seed

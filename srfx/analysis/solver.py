@@ -17,7 +17,7 @@ from srfx.analysis.calls import Site, sites
 from srfx.analysis.constancy import constancy
 from srfx.analysis.labels import label
 from srfx.analysis.liveness import executed, live_labels, liveness
-from srfx.ir.program import Param, Program
+from srfx.ir.program import Program
 from srfx.lattice.classes import Classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
@@ -44,6 +44,9 @@ def analyse(
         facts.kept = torch.zeros(labels.table.size, dtype=torch.bool)
         facts.refusals = list(labels.refusals)
         facts.ranks = torch.zeros(labels.table.size, dtype=torch.int8)
+        facts.awaiting = torch.zeros(labels.table.size, dtype=torch.bool)
+        for own in labels.awaiting:
+            facts.awaiting[facts.classes.representative[own]] = True
         constancy(facts, found)
         _settle(facts, found)
         _choose_carriers(facts, found)
@@ -75,6 +78,8 @@ def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
             continue
         for labels in fields.values():
             held = rep[labels]
+            if not facts.settled_once and bool(facts.awaiting[held].any()):
+                continue  # a statistic may come to stand there
             if not bool((facts.kept | seed)[held].any()):
                 wanted[held.reshape(-1)[0]] = True
     return wanted
@@ -108,7 +113,7 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
     facts.settled_once = True
     for site in found:
         if isinstance(site.rule, LayerNorm):
-            names, gone = needs.get(site.node, (set(), None))
+            names, gone = needs.get(site.node, (set(), torch.zeros(0, dtype=torch.bool)))
             again = site.rule.place(site.call, facts, names, gone) or again
     return again
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -139,7 +139,9 @@ class Call:
             return value.names[0]
         weight = self.value("weight")
         if isinstance(weight, Param) and weight.names and weight.names[0].endswith("weight"):
-            return weight.names[0].removesuffix("weight") + name
+            path = weight.names[0].removesuffix("weight") + name
+            if not self.program.has_attribute(path):
+                return path
         return f"{self.node.name}_{name}"
 
     # ------------------------------------------------------------------ binding
@@ -190,7 +192,7 @@ def write_argument(node: fx.Node, signature: tuple[str, ...], name: str, value: 
     node.kwargs = {**node.kwargs, name: value}
 
 
-@lru_cache(maxsize=None)
+@cache
 def native_signature(target: Any) -> tuple[str, ...] | None:
     """Argument names that the target itself declares: an OpOverload's schema or a Python function's parameters."""
     if isinstance(target, torch._ops.OpOverload):

@@ -38,7 +38,7 @@ class Item:
 class Scaled:
     """``size * numerator // denominator``: an axis that repeats its channels, a kept part of it (exact)."""
 
-    size: Ref | Item | int
+    size: Ref | Item | SizeOf | int
     numerator: int
     denominator: int
 

@@ -50,9 +50,13 @@ def _ancestors(node: fx.Node, program: Program) -> list[fx.Node] | None:
             needed.add(current)
             if isinstance(hint, (int, float, bool, torch.Size, torch.dtype, torch.device)):
                 continue  # a number: its hint is its value
-        elif current.op == "placeholder" or hint.numel() > MAX_ELEMENTS:
-            return None
-        elif current.op == "call_module" or is_random(current) or is_mutating(current):
+        elif (
+            current.op == "placeholder"
+            or hint.numel() > MAX_ELEMENTS
+            or current.op == "call_module"
+            or is_random(current)
+            or is_mutating(current)
+        ):
             return None
         needed.add(current)
         stack += current.all_input_nodes
@@ -67,7 +71,8 @@ def _run(node: fx.Node, program: Program, cache: dict[fx.Node, Any]) -> Any:
         isinstance(hint, tuple) and not isinstance(hint, torch.Size)
     ):
         return hint
-    args, kwargs = (fx.node.map_arg(part, lambda n: cache[n]) for part in (node.args, node.kwargs))
+    args: Any = fx.node.map_arg(node.args, lambda n: cache[n])
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: cache[n])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

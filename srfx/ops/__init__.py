@@ -1,4 +1,4 @@
-"""Op rules: what each op does to channels, one class for each op whatever its spelling, one file for each family."""
+"""Op rules: what each op does to channels.  One class for each op whatever its spelling, one file a family."""
 
 from srfx.ops import (
     attention,
@@ -11,4 +11,17 @@ from srfx.ops import (
     reduction,
     shape,
     spatial,
-)  # noqa: F401
+)
+
+__all__ = [
+    "attention",
+    "contraction",
+    "elementwise",
+    "embedding",
+    "join",
+    "movement",
+    "norm",
+    "reduction",
+    "shape",
+    "spatial",
+]

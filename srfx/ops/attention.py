@@ -34,7 +34,7 @@ aten = torch.ops.aten
 class Product(OpRule):
     """y[.., m, n] = sum_c a[.., m, c] b[.., c, n], both computed (or a stack of parameters); batch axes broadcast."""
 
-    signature = ("input", "other")
+    signature: tuple[str, ...] = ("input", "other")
 
     def operands(self, call: Call) -> tuple[Value, Value]:
         a, b = call.value("input"), call.value("other")
@@ -166,7 +166,16 @@ class Matmul(Product):
 class Attention(OpRule):
     """y = softmax(q k^T scale + mask) v.  q [.., Tq, D], k [.., Tk, D], v [.., Tk, Dv] -> y [.., Tq, Dv]."""
 
-    signature = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    signature: tuple[str, ...] = (
+        "query",
+        "key",
+        "value",
+        "attn_mask",
+        "dropout_p",
+        "is_causal",
+        "scale",
+        "enable_gqa",
+    )
 
     def operands(self, call: Call) -> tuple[Value, Value, Value]:
         q, k, v = (call.value(name) for name in ("query", "key", "value"))

@@ -35,7 +35,7 @@ aten = torch.ops.aten
 class Contraction(OpRule):
     """y = W x + b by channels; subclasses say how the weight is laid out and what a constant meets."""
 
-    signature = ("input", "weight", "bias")
+    signature: tuple[str, ...] = ("input", "weight", "bias")
     takes_statistics = (
         True  # a norm's statistics may come in place of channels (there is a bias for the rest)
     )
@@ -98,6 +98,9 @@ class Contraction(OpRule):
             value = call.value(name)
             if isinstance(value, Param) and value.n_sites > 1:
                 return False
+        bias = call.value("bias")
+        if bias is not None and not (isinstance(bias, Param) and len(bias.shape) == 1):
+            return False  # computed, or one that differs between positions: nothing can be folded into it
         return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
 
     # -------------------------------------------------------------- labels
@@ -164,6 +167,10 @@ class Contraction(OpRule):
             labels.table.pin(rows, call.node.name, Reason.UNTRACKED_AXIS.name)
 
     # -------------------------------------------------------------- facts as [outer.., G, C] and [outer.., G, R]
+    def known(self, call: Call, facts: FactTable) -> Constancy:
+        """Constancy of the operand; subclasses settle it along the axes that the op mixes."""
+        return facts.constancy(self.x(call))
+
     def _reads(self, call: Call, facts: FactTable) -> Tensor:
         """Which rows read which columns, [G, R, C] uint8."""
         w = self.w(call)
@@ -180,7 +187,7 @@ class Contraction(OpRule):
         axis, x = self.channel_axis(call), self.x(call)
         width = call.shape(x)[axis]
         t = t.expand([width if a == axis else n for a, n in enumerate(t.shape)])
-        return t.movedim(axis, -1).unflatten(-1, (self.groups(call), -1))
+        return _split(t.movedim(axis, -1), -1, self.groups(call))
 
     def _rows_layout(self, call: Call, t: Tensor) -> Tensor:
         """[outer.., G, R] as a layout tensor of the result."""
@@ -190,12 +197,12 @@ class Contraction(OpRule):
         axis = self.channel_axis(call)
         width = call.out_shape[axis]
         live = live.expand([width if a == axis else n for a, n in enumerate(live.shape)])
-        return live.movedim(axis, -1).unflatten(-1, (self.groups(call), -1))
+        return _split(live.movedim(axis, -1), -1, self.groups(call))
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         if self.refused(call) is not None:
             return super().forward(call, facts)
-        c, reads = facts.constancy(self.x(call)), self._reads(call, facts)
+        c, reads = self.known(call, facts), self._reads(call, facts)
         varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
         disturbing = varies | (value != 0) if self.has_border(call) else varies
         moved = _rows_reading(disturbing, reads)
@@ -216,7 +223,7 @@ class Contraction(OpRule):
         return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result.expand(moved.shape)))
 
     def _fold_value(self, call: Call, value: Tensor) -> Tensor:
-        """sum_c W[r, c] k[c] over all taps, [outer.., G, R], in float64; reads only columns with k != 0."""
+        """Sum_c W[r, c] k[c] over all taps, [outer.., G, R], in float64; reads only columns with k != 0."""
         w = self.w(call)
         assert isinstance(w, Param)
         m = self.matrix(call, w.tensor.detach())
@@ -242,7 +249,7 @@ class Contraction(OpRule):
     def _wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
         """Channels this call reads in its folded form, [outer.., G, C]."""
         x = self.x(call)
-        c, reads = facts.constancy(x), self._reads(call, facts)
+        c, reads = self.known(call, facts), self._reads(call, facts)
         varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
         read = _columns_read(self._rows_by_group(call, live), reads)
         if not self.is_private(call, facts):
@@ -250,7 +257,7 @@ class Contraction(OpRule):
             return read & (varies | (value != 0) | kept)
         gone = self._combinable(call, facts, c)
         wanted = read & varies
-        if gone is not None:
+        if gone is not None and c.affine is not None:
             absorbed = read & gone
             wanted = wanted & ~gone
             if bool(absorbed.any()):
@@ -281,7 +288,7 @@ class Contraction(OpRule):
         live = facts.live.get(call.node)
         if self.refused(call) is not None or not isinstance(live, Tensor) or not self.is_private(call, facts):
             return None
-        c = facts.constancy(self.x(call))
+        c = self.known(call, facts)
         gone = self._combinable(call, facts, c)
         if gone is None or c.affine is None:
             return None
@@ -300,7 +307,7 @@ class Contraction(OpRule):
         return c.affine.norm, needed, gone
 
     def _combine(self, call: Call, gone: Tensor, affine: Affine) -> Tensor:
-        """sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""
+        """Sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""
         w = self.w(call)
         assert isinstance(w, Param)
         at = gone.nonzero().flatten()
@@ -322,7 +329,7 @@ class Contraction(OpRule):
             return None
         if not self.has_border(call) or not self.is_private(call, facts):
             return None
-        c = facts.constancy(self.x(call))
+        c = self.known(call, facts)
         varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
         read = _columns_read(self._rows_by_group(call, live), self._reads(call, facts))
         border = (read & ~varies & (value != 0)).flatten(0, -2).any(0)
@@ -334,7 +341,7 @@ class Contraction(OpRule):
             return []
         x, w, live = self.x(call), self.w(call), facts.liveness(call.node)
         assert isinstance(w, Param)
-        c = facts.constancy(x)
+        c = self.known(call, facts)
         varies = self._by_group(call, c.varies.cpu()).flatten(0, -3)[
             0
         ]  # [G, C]: private, so no outer positions
@@ -353,7 +360,9 @@ class Contraction(OpRule):
         weight, shift = w.tensor.detach(), torch.zeros(rows.shape, dtype=torch.float64)
         carried = self.has_border(call) and bool((absorbed != 0).any())
         if carried or bool((reads & ~used.to(torch.uint8) & 1).amax() > 0) or bool(gone.any()):
-            new = weight * self.unmatrix(call, used.to(weight), weight)
+            new = (
+                weight * self.unmatrix(call, used.to(weight), weight)
+            ).contiguous()  # `matrix` has to be a view
             if carried:
                 new = new + self._carry(call, facts, weight, absorbed[0], value[0], rows[0])
             if bool(gone.any()):
@@ -382,7 +391,7 @@ class Contraction(OpRule):
     def _carry(
         self, call: Call, facts: FactTable, weight: Tensor, absorbed: Tensor, value: Tensor, rows: Tensor
     ) -> Tensor:
-        """sum_c (k_c / k_0) W[:, c] at the carrier's column, zero elsewhere; computed in float64."""
+        """Sum_c (k_c / k_0) W[:, c] at the carrier's column, zero elsewhere; computed in float64."""
         carrier = facts.carriers[self.x(call)]
         m = self.matrix(call, weight)[0]  # [R, C, taps]
         columns = (absorbed != 0).nonzero().flatten()
@@ -390,7 +399,7 @@ class Contraction(OpRule):
         moved = (m.index_select(1, columns.to(m.device)).double() * ratio.view(1, -1, 1)).sum(1) * rows.to(
             m
         ).view(-1, 1)
-        new = torch.zeros_like(weight)
+        new = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         self.matrix(call, new)[0, :, carrier] = moved.to(weight.dtype)
         return new
 
@@ -445,6 +454,12 @@ def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
     if positions:
         marked[..., list(positions.values())] = True
     return marked
+
+
+def _split(t: Tensor, axis: int, groups: int) -> Tensor:
+    """The view of one axis as [groups, rest]."""
+    found: Tensor = t.unflatten(axis, (groups, -1))
+    return found
 
 
 def _rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
@@ -509,7 +524,7 @@ class Addmm(Contraction):
 class Convolution(Contraction):
     """y[n, r, p] = b[r] + sum_c,t W[r, c, t] x[n, c, s p + d t - pad].  W [C_out, C_in/G, *k]."""
 
-    signature = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    signature: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
     def n_spatial(self, call: Call) -> int:
         return len(call.shape(self.w(call))) - 2
@@ -521,7 +536,7 @@ class Convolution(Contraction):
         return len(call.out_shape) - self.n_spatial(call) - 1
 
     def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups(call), -1)).flatten(3)
+        return _split(weight, 0, self.groups(call)).flatten(3)
 
     def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
         flat = m.flatten(0, 1)
@@ -547,6 +562,9 @@ class Convolution(Contraction):
                     labels.table.tie(f, f.narrow(d, 0, 1))
                     f = fields[a] = f.narrow(d, 0, 1)
         return fields
+
+    def known(self, call: Call, facts: FactTable) -> Constancy:
+        return super().known(call, facts).settle(range(self.channel_axis(call) + 1))
 
     def _rows(self, call: Call, labels: Labeller, w: Value) -> Tensor:
         """Row labels; those of a grouped weight's columns differ from group to group, so they are set here."""
@@ -610,13 +628,22 @@ op_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, aten.conv
 class TransposedConvolution(Convolution):
     """The adjoint of a convolution.  W [C_in, C_out/G, *k]; positions see different taps unless the kernel is 1."""
 
-    signature = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    signature: tuple[str, ...] = (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "output_padding",
+        "groups",
+        "dilation",
+    )
 
     def row_axis(self, call: Call) -> int:
         return 1
 
     def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.groups(call), -1)).transpose(1, 2).flatten(3)
+        return _split(weight, 0, self.groups(call)).transpose(1, 2).flatten(3)
 
     def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
         flat = m.transpose(1, 2).flatten(0, 1)
@@ -648,7 +675,7 @@ def _all(value: Any, wanted: int) -> bool:
 class _Convolution(Convolution):
     """aten.convolution with ``transposed`` False."""
 
-    signature = (
+    signature: tuple[str, ...] = (
         "input",
         "weight",
         "bias",
@@ -670,7 +697,7 @@ op_rule(aten.convolution.default)(_Convolution)
 class MatmulWithParameter(Linear):
     """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind."""
 
-    signature = ("input", "weight")
+    signature: tuple[str, ...] = ("input", "weight")
 
     def refused(self, call: Call) -> Reason | None:
         w = call.value("weight")

@@ -30,7 +30,7 @@ class Elementwise(OpRule):
     altogether, while others carry the shape, is read as a stored constant and need not be computed.
     """
 
-    signature = ("input", "other")
+    signature: tuple[str, ...] = ("input", "other")
 
     def operands(self, call: Call) -> list[Value]:
         return [
@@ -234,7 +234,7 @@ class Fill(Elementwise):
 class PReLU(Elementwise):
     """y[.., c, :] = max(x, 0) + w[c] min(x, 0); w [C] lies along axis 1, w [1] is shared (theory: Lemma E1)."""
 
-    signature = ("input", "weight")
+    signature: tuple[str, ...] = ("input", "weight")
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         x, w = self._operands(call)
@@ -295,7 +295,7 @@ class Random(Elementwise):
 class RandomSlope(Random):
     """rrelu: in training the slope of negative values is drawn, else it is the mean of its bounds."""
 
-    signature = ("input", "lower", "upper", "training")
+    signature: tuple[str, ...] = ("input", "lower", "upper", "training")
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         if not self.is_active(call):
@@ -315,7 +315,7 @@ def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dtype(call: Call, value: Value) -> torch.dtype:
-    return call.program.hints[value].dtype if isinstance(value, fx.Node) else value.tensor.dtype  # type: ignore[no-any-return]
+    return call.program.hints[value].dtype if isinstance(value, fx.Node) else value.tensor.dtype
 
 
 def _promoted(call: Call, operands: list[Value], _: Value) -> torch.dtype:
@@ -334,28 +334,197 @@ def _other(call: Call, operands: list[Value], operand: fx.Node) -> fx.Node | Non
 
 
 # ------------------------------------------------------------------------------------------ the ops
-TOTAL = """
-abs relu relu6 elu selu celu gelu silu mish sigmoid tanh softplus softsign hardtanh hardswish hardsigmoid hardshrink
-softshrink tanhshrink threshold leaky_relu logsigmoid log_sigmoid sign sgn neg negative ceil floor round trunc fix frac
-clamp clamp_min clamp_max clip cos sin atan arctan erf erfc sinc asinh arcsinh square deg2rad rad2deg maximum minimum fmax fmin
-max min where eq ne lt le gt ge equal greater less greater_equal less_equal not_equal logical_and logical_or logical_not
-logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isposinf isneginf nan_to_num atan2 arctan2 hypot
-logaddexp logaddexp2 copysign heaviside lerp addcmul masked_fill rsub signbit __and__ __or__ __xor__ __invert__ i0
-special_expit expit special_erf special_erfc special_sinc special_round sinc erfcx special_erfcx angle gcd lcm
-bitwise_left_shift bitwise_right_shift
-""".split()
+TOTAL = [
+    "abs",
+    "relu",
+    "relu6",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "mish",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "softsign",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "threshold",
+    "leaky_relu",
+    "logsigmoid",
+    "log_sigmoid",
+    "sign",
+    "sgn",
+    "neg",
+    "negative",
+    "ceil",
+    "floor",
+    "round",
+    "trunc",
+    "fix",
+    "frac",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "cos",
+    "sin",
+    "atan",
+    "arctan",
+    "erf",
+    "erfc",
+    "sinc",
+    "asinh",
+    "arcsinh",
+    "square",
+    "deg2rad",
+    "rad2deg",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "max",
+    "min",
+    "where",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equal",
+    "greater",
+    "less",
+    "greater_equal",
+    "less_equal",
+    "not_equal",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "bitwise_xor",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "isposinf",
+    "isneginf",
+    "nan_to_num",
+    "atan2",
+    "arctan2",
+    "hypot",
+    "logaddexp",
+    "logaddexp2",
+    "copysign",
+    "heaviside",
+    "lerp",
+    "addcmul",
+    "masked_fill",
+    "rsub",
+    "signbit",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__invert__",
+    "i0",
+    "special_expit",
+    "expit",
+    "special_erf",
+    "special_erfc",
+    "special_sinc",
+    "special_round",
+    "sinc",
+    "erfcx",
+    "special_erfcx",
+    "angle",
+    "gcd",
+    "lcm",
+    "bitwise_left_shift",
+    "bitwise_right_shift",
+]
 
-PARTIAL = """
-log log2 log10 log1p sqrt rsqrt reciprocal div divide true_divide floor_divide pow float_power exp exp2 expm1 sinh cosh tan
-asin acos arcsin arccos acosh arccosh atanh arctanh lgamma digamma logit erfinv fmod remainder xlogy addcdiv mvlgamma polygamma
-nextafter igamma igammac ldexp
-""".split()
+PARTIAL = [
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "div",
+    "divide",
+    "true_divide",
+    "floor_divide",
+    "pow",
+    "float_power",
+    "exp",
+    "exp2",
+    "expm1",
+    "sinh",
+    "cosh",
+    "tan",
+    "asin",
+    "acos",
+    "arcsin",
+    "arccos",
+    "acosh",
+    "arccosh",
+    "atanh",
+    "arctanh",
+    "lgamma",
+    "digamma",
+    "logit",
+    "erfinv",
+    "fmod",
+    "remainder",
+    "xlogy",
+    "addcdiv",
+    "mvlgamma",
+    "polygamma",
+    "nextafter",
+    "igamma",
+    "igammac",
+    "ldexp",
+]
 
-SPECIAL = """
-airy_ai entr i0e i1 i1e bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 modified_bessel_k0
-modified_bessel_k1 scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0 log_ndtr ndtri ndtr zeta xlog1py
-gammaln gammainc gammaincc psi multigammaln exp2 expm1 log1p
-""".split()
+SPECIAL = [
+    "airy_ai",
+    "entr",
+    "i0e",
+    "i1",
+    "i1e",
+    "bessel_j0",
+    "bessel_j1",
+    "bessel_y0",
+    "bessel_y1",
+    "modified_bessel_i0",
+    "modified_bessel_i1",
+    "modified_bessel_k0",
+    "modified_bessel_k1",
+    "scaled_modified_bessel_k0",
+    "scaled_modified_bessel_k1",
+    "spherical_bessel_j0",
+    "log_ndtr",
+    "ndtri",
+    "ndtr",
+    "zeta",
+    "xlog1py",
+    "gammaln",
+    "gammainc",
+    "gammaincc",
+    "psi",
+    "multigammaln",
+    "exp2",
+    "expm1",
+    "log1p",
+]
 """Names in torch.special; aten spells them with the prefix ``special_``."""
 
 MODULES: tuple[type[nn.Module], ...] = (
@@ -389,7 +558,7 @@ def spellings(name: str) -> Iterator[Any]:
 
 
 def _reduces(target: Any) -> bool:
-    """max and min of one tensor reduce; only their two-operand forms are elementwise."""
+    """Max and min of one tensor reduce; only their two-operand forms are elementwise."""
     if isinstance(target, torch._ops.OpOverload):
         return target in (aten.max.default, aten.max.dim, aten.min.default, aten.min.dim)
     return target in (torch.max, torch.min, "max", "min")

@@ -39,6 +39,8 @@ class Labeller:
     required: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     static: set[fx.Node] = field(default_factory=set)
+    awaiting: list[Tensor] = field(default_factory=list)
+    """Labels whose places statistics of a norm may take."""
 
     def is_dynamic(self, raw: Any) -> bool:
         """Whether an integer argument is computed at run time from sizes that may differ from call to call."""
@@ -135,6 +137,7 @@ class FactTable:
     carriers: value -> the channel that carries all nonzero constants of this value into zero-padded readers.
     emitted: norm node -> position at which each emitted statistic travels; {} when the norm emits nothing.
     closed: norm nodes that lose no channel for want of places for their statistics.
+    awaiting: [labels] by representative; places that statistics of a norm may take once the first round has settled.
     ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
     """
 
@@ -150,6 +153,7 @@ class FactTable:
     _layouts: dict[Value, Shape] = field(default_factory=dict)
     emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
     closed: set[Hashable] = field(default_factory=set)
+    awaiting: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
     demanded: Tensor | None = None

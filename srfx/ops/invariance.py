@@ -39,7 +39,7 @@ def _absorbs(user: fx.Node, node: fx.Node, axis: int, program: Program) -> bool:
     rule, call = resolve(user, program)
     if isinstance(rule, Softmax):
         return call.value("input") is node and rule.axis(call) == axis
-    if isinstance(rule, Movement) and rule.source(call) is node:
+    if isinstance(rule, Movement) and rule.is_followed(call) and rule.source(call) is node:
         there = follow(rule.steps(call), axis)
         return there is not None and is_shift_invariant(user, there, program)
     if (

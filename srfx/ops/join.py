@@ -36,7 +36,7 @@ aten = torch.ops.aten
 class Concat(OpRule):
     """y = cat(x_1 .. x_n, dim).  The channel sets of ``dim`` are concatenated, other axes are tied."""
 
-    signature = ("tensors", "dim")
+    signature: tuple[str, ...] = ("tensors", "dim")
 
     def parts(self, call: Call) -> list[Value]:
         found = [call.as_value(t) for t in call["tensors"]]
@@ -132,7 +132,7 @@ class Concat(OpRule):
 class Stack(OpRule):
     """y = stack(x_1 .. x_n, dim): the operands keep equally many channels, and may keep different ones."""
 
-    signature = ("tensors", "dim")
+    signature: tuple[str, ...] = ("tensors", "dim")
 
     def parts(self, call: Call) -> list[Value]:
         return [v for v in (call.as_value(t) for t in call["tensors"]) if v is not None]
@@ -164,11 +164,12 @@ class Stack(OpRule):
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
-        axis, demand = self.axis(call), {}
+        axis = self.axis(call)
+        demand: Demand = {}
         for i, value in enumerate(self.parts(call)):
             wanted = collapse(live.select(axis, min(i, live.shape[axis] - 1)), facts.layout(value))
             demand[value] = demand[value] | wanted if value in demand else wanted
-        return demand  # type: ignore[return-value]
+        return demand
 
 
 def _past(axis: int, inserted: int) -> int:
@@ -180,7 +181,7 @@ def _widen(t: Tensor, axis: int, extent: int) -> Tensor:
 
 
 def _cat(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """cat of layout tensors, broadcast against each other on the other axes."""
+    """Cat of layout tensors, broadcast against each other on the other axes."""
     joint = torch.broadcast_shapes(*([1 if a == axis else n for a, n in enumerate(p.shape)] for p in parts))
     return torch.cat(
         [p.expand([p.shape[a] if a == axis else n for a, n in enumerate(joint)]) for p in parts], axis
@@ -191,7 +192,7 @@ def _cat(parts: Sequence[Tensor], axis: int) -> Tensor:
 class Splitting(OpRule):
     """Several results, each a run of positions of one axis."""
 
-    signature = ("input", "sizes", "dim")
+    signature: tuple[str, ...] = ("input", "sizes", "dim")
 
     def runs(self, call: Call) -> list[Tensor]:
         axis = self.axis(call)
@@ -282,7 +283,7 @@ class Split(Splitting):
 class Chunk(Splitting):
     """chunk: becomes a split with listed sizes when channels go."""
 
-    signature = ("input", "chunks", "dim")
+    signature: tuple[str, ...] = ("input", "chunks", "dim")
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         counts = self.counts(call, facts)
@@ -300,7 +301,7 @@ class Chunk(Splitting):
 class Unbind(Splitting):
     """unbind: one result for each position; a position whose result is used must stay."""
 
-    signature = ("input", "dim")
+    signature: tuple[str, ...] = ("input", "dim")
 
     def runs(self, call: Call) -> list[Tensor]:
         return [torch.tensor([i]) for i in range(call.shape(self.source(call))[self.axis(call)])]
@@ -320,7 +321,7 @@ class Unbind(Splitting):
 class GetItem(AlongAxis):
     """Element of a tuple, or indexing of a tensor by ints, slices, None, Ellipsis and one constant index tensor."""
 
-    signature = ("input", "index")
+    signature: tuple[str, ...] = ("input", "index")
 
     # -------------------------------------------------------------- elements of tuples
     def _tuple(self, call: Call) -> fx.Node | None:
@@ -328,7 +329,7 @@ class GetItem(AlongAxis):
         hint = call.program.hints.get(node)
         return node if isinstance(hint, (tuple, list)) and not isinstance(hint, torch.Size) else None
 
-    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:  # type: ignore[override]
         node = self._tuple(call)
         if node is not None:
             found, index = labels.fields.get(node), call.get("index")
@@ -375,7 +376,7 @@ class GetItem(AlongAxis):
         source = call.program.value(node.args[0])  # type: ignore[arg-type]
         return index % len(call.shape(source)) in labels.of(source)
 
-    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:  # type: ignore[override]
         node = self._tuple(call)
         if node is not None:
             found, index = facts.constants.get(node), call.get("index")
@@ -406,6 +407,9 @@ class GetItem(AlongAxis):
         return call.values()
 
     # -------------------------------------------------------------- indexing of tensors
+    def is_followed(self, call: Call) -> bool:
+        return isinstance(call.output, Tensor) and self._tuple(call) is None and self._parse(call) is not None
+
     def steps(self, call: Call) -> list[Step]:
         parsed = self._parse(call)
         assert parsed is not None
@@ -568,7 +572,7 @@ def _constant_index(call: Call, raw: Any) -> Any:
 class IndexTensor(GetItem):
     """x[:, index] as export spells it: None for the axes that are taken whole."""
 
-    signature = ("input", "indices")
+    signature: tuple[str, ...] = ("input", "indices")
 
     def _tuple(self, call: Call) -> fx.Node | None:
         return None
@@ -584,7 +588,7 @@ class IndexTensor(GetItem):
 class Pad(Movement):
     """Constant padding: new positions hold the value.  Negative amounts crop."""
 
-    signature = ("input", "pad", "mode", "value")
+    signature: tuple[str, ...] = ("input", "pad", "mode", "value")
 
     def amounts(self, call: Call) -> tuple[int, ...]:
         pad = call.get("pad")
@@ -648,7 +652,7 @@ def _amounts(index: Tensor, extent: int) -> tuple[int, int]:
 class PixelShuffle(Movement):
     """[N, C r^2, H, W] -> [N, C, r H, r W]: the r^2 channels of an output channel stay or go together."""
 
-    signature = ("input", "upscale_factor")
+    signature: tuple[str, ...] = ("input", "upscale_factor")
 
     def steps(self, call: Call) -> list[Step]:
         *batch, c, h, w = call.shape(self.source(call))
@@ -672,7 +676,7 @@ class PixelShuffle(Movement):
 class PixelUnshuffle(Movement):
     """[N, C, r H, r W] -> [N, C r^2, H, W]: each channel appears r^2 times."""
 
-    signature = ("input", "downscale_factor")
+    signature: tuple[str, ...] = ("input", "downscale_factor")
 
     def steps(self, call: Call) -> list[Step]:
         *batch, c, h, w = call.shape(self.source(call))
@@ -687,7 +691,7 @@ class PixelUnshuffle(Movement):
 class ChannelShuffle(AlongAxis):
     """A fixed permutation of channels; becomes an index_select when channels go."""
 
-    signature = ("input", "groups")
+    signature: tuple[str, ...] = ("input", "groups")
 
     def selection(self, call: Call) -> Take:
         channels = call.out_shape[1]

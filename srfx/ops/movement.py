@@ -26,6 +26,10 @@ aten = torch.ops.aten
 class Movement(OpRule):
     """y[p] = x[s(p)] for a fixed map s of positions, given as steps."""
 
+    def is_followed(self, call: Call) -> bool:
+        """Whether this very call is such a map; its steps are asked for only then."""
+        return True
+
     def steps(self, call: Call) -> list[Step]:
         """The map from the operand to the result."""
         raise NotImplementedError
@@ -114,7 +118,7 @@ class Flatten(Reshaping):
 class View(Reshaping):
     """view, reshape: sizes of changed axes are rewritten."""
 
-    signature = ("input", "*size")
+    signature: tuple[str, ...] = ("input", "*size")
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         if isinstance(call.get("size"), fx.Node) or call.value("other") is not None:
@@ -127,7 +131,7 @@ class View(Reshaping):
 class Unflatten(Reshaping):
     """unflatten: the new sizes begin at ``dim``."""
 
-    signature = ("input", "dim", "sizes")
+    signature: tuple[str, ...] = ("input", "dim", "sizes")
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         rank = len(call.shape(self.source(call)))
@@ -142,7 +146,7 @@ class Unflatten(Reshaping):
 class Expand(Movement):
     """Repeat axes of size 1; leading axes may be new."""
 
-    signature = ("input", "*size")
+    signature: tuple[str, ...] = ("input", "*size")
 
     def steps(self, call: Call) -> list[Step]:
         before, after = call.shape(self.source(call)), call.out_shape
@@ -168,7 +172,7 @@ class Expand(Movement):
 class PermuteAxes(Movement):
     """permute."""
 
-    signature = ("input", "*dims")
+    signature: tuple[str, ...] = ("input", "*dims")
 
     def steps(self, call: Call) -> list[Step]:
         rank = len(call.out_shape)
@@ -180,7 +184,7 @@ class PermuteAxes(Movement):
 class Transpose(Movement):
     """transpose of two axes."""
 
-    signature = ("input", "dim0", "dim1")
+    signature: tuple[str, ...] = ("input", "dim0", "dim1")
 
     def steps(self, call: Call) -> list[Step]:
         order = list(range(len(call.out_shape)))
@@ -205,7 +209,7 @@ class MatrixTranspose(Movement):
 class MoveDim(Movement):
     """movedim."""
 
-    signature = ("input", "source", "destination")
+    signature: tuple[str, ...] = ("input", "source", "destination")
 
     def steps(self, call: Call) -> list[Step]:
         rank = len(call.out_shape)
@@ -245,12 +249,15 @@ class AlongAxis(Movement):
 class IndexSelect(AlongAxis):
     """index_select with a constant index; a computed index keeps every channel of the axis."""
 
-    signature = ("input", "dim", "index")
+    signature: tuple[str, ...] = ("input", "dim", "index")
 
     def index(self, call: Call) -> Tensor | None:
         value = call.value("index")
         tensor = getattr(value, "tensor", None)
         return tensor if isinstance(tensor, Tensor) else None
+
+    def is_followed(self, call: Call) -> bool:
+        return self.index(call) is not None
 
     def selection(self, call: Call) -> Take:
         shape = call.shape(self.source(call))
@@ -299,8 +306,8 @@ def _flatten_ties(labels: Tensor, axis: int, labeller: Labeller) -> None:
         labeller.table.tie(labels, labels.narrow(axis, 0, 1))
 
 
-_FLIPS: dict[Any, tuple[int, ...]] = {t: (1,) for t in (torch.fliplr, "fliplr", aten.fliplr.default)}
-_FLIPS |= {t: (0,) for t in (torch.flipud, "flipud", aten.flipud.default)}
+_FLIPS: dict[Any, tuple[int, ...]] = dict.fromkeys((torch.fliplr, "fliplr", aten.fliplr.default), (1,))
+_FLIPS |= dict.fromkeys((torch.flipud, "flipud", aten.flipud.default), (0,))
 
 
 @op_rule(torch.flip, "flip", aten.flip.default, torch.fliplr, torch.flipud, "fliplr", "flipud", aten.fliplr.default,
@@ -308,7 +315,7 @@ _FLIPS |= {t: (0,) for t in (torch.flipud, "flipud", aten.flipud.default)}
 class Flip(Movement):
     """flip; an axis that loses channels is flipped all the same, the kept ones in reverse order."""
 
-    signature = ("input", "*dims")
+    signature: tuple[str, ...] = ("input", "*dims")
 
     def steps(self, call: Call) -> list[Step]:
         shape = call.out_shape
@@ -323,7 +330,7 @@ class Flip(Movement):
 class Roll(AlongAxis):
     """roll along axes; a rolled channel axis that loses channels becomes an index_select."""
 
-    signature = ("input", "shifts", "dims")
+    signature: tuple[str, ...] = ("input", "shifts", "dims")
 
     def steps(self, call: Call) -> list[Step]:
         shape, shifts, dims = call.out_shape, call.get("shifts"), call.get("dims")
@@ -363,7 +370,7 @@ class Roll(AlongAxis):
 class Narrow(AlongAxis):
     """A slice of one axis."""
 
-    signature = ("input", "dim", "start", "length")
+    signature: tuple[str, ...] = ("input", "dim", "start", "length")
 
     def dynamic(self, call: Call, labels: Labeller) -> bool:
         return any(labels.is_dynamic(call.bound.get(n)) for n in ("start", "end", "length"))
@@ -407,7 +414,7 @@ class Narrow(AlongAxis):
 class Select(AlongAxis):
     """One position of an axis; the axis goes, and with it the position must stay if the result is computed."""
 
-    signature = ("input", "dim", "index")
+    signature: tuple[str, ...] = ("input", "dim", "index")
 
     def steps(self, call: Call) -> list[Step]:
         take = self.selection(call)
@@ -448,7 +455,7 @@ class Select(AlongAxis):
 class Repeat(Movement):
     """Tile axes: the channels of a tiled axis appear several times."""
 
-    signature = ("input", "*repeats")
+    signature: tuple[str, ...] = ("input", "*repeats")
 
     def steps(self, call: Call) -> list[Step]:
         before, after = call.shape(self.source(call)), call.out_shape
@@ -475,7 +482,7 @@ def _is_single(labels: Tensor, axis: int) -> bool:
 class RepeatInterleave(AlongAxis):
     """Every position several times in a row, a fixed number of times."""
 
-    signature = ("input", "repeats", "dim")
+    signature: tuple[str, ...] = ("input", "repeats", "dim")
 
     def selection(self, call: Call) -> Take:
         shape = call.shape(self.source(call))

@@ -43,7 +43,7 @@ aten = torch.ops.aten
 class LayerNorm(OpRule):
     """y = (x - mean) / sqrt(var + eps) * gamma + beta over the last axes."""
 
-    signature = ("input", "normalized_shape", "weight", "bias", "eps")
+    signature: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
     emits_mean = True
 
     # -------------------------------------------------------------- the call
@@ -106,6 +106,7 @@ class LayerNorm(OpRule):
         if self.is_open(call, labels.program, kept, axis):
             own = labels.table.fresh(kept.numel()).view(kept.shape)
             labels.table.imply(kept, own)
+            labels.awaiting.append(own.flatten())
         else:
             own = kept
         if not n_emitted:
@@ -170,7 +171,7 @@ class LayerNorm(OpRule):
         )
 
     def shift(self, call: Call, constants: Tensor) -> float:
-        """c of the emitted (mu - c) r: near the constants, so that the product stays small."""
+        """C of the emitted (mu - c) r: near the constants, so that the product stays small."""
         if self.emits(call):
             return float(call.get("emit_shift", 0.0))
         return float(constants.mean()) if constants.numel() else 0.0
@@ -214,7 +215,7 @@ class LayerNorm(OpRule):
         kept[places] = False
         return facts.fields(x)[axis].flatten()[kept]
 
-    def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor | None) -> bool:
+    def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor) -> bool:
         """Choose where the statistics in ``names`` travel; True when the choice is new."""
         axis, is_open = self._own(call, facts)
         if axis is None or not is_open or call.node in facts.closed:
@@ -230,7 +231,7 @@ class LayerNorm(OpRule):
         ):
             return False
         new = [name for name in EMITS if name in names and name not in places]
-        free = [] if gone is None else (gone[:width] & ~stays).nonzero().flatten().tolist()
+        free = (gone[:width] & ~stays).nonzero().flatten().tolist() if gone.numel() else []
         if len(free) < len(new):
             facts.closed.add(call.node)
             new = []
@@ -384,7 +385,7 @@ def linear_readers(node: fx.Node, axis: int, program: Program) -> bool:
 class RMSNorm(LayerNorm):
     """y = x / sqrt(mean(x^2) + eps) * gamma over the last axis."""
 
-    signature = ("input", "normalized_shape", "weight", "eps")
+    signature: tuple[str, ...] = ("input", "normalized_shape", "weight", "eps")
 
     def _coefficients(self, value: Tensor, gamma: Tensor, beta: Tensor, shift: float) -> Tensor:
         zero = torch.zeros_like(value)
@@ -471,7 +472,7 @@ class GroupNorm(OpRule):
     A constant channel may go when nobody reads its output, or its gamma is 0.
     """
 
-    signature = ("input", "num_groups", "weight", "bias", "eps")
+    signature: tuple[str, ...] = ("input", "num_groups", "weight", "bias", "eps")
 
     def x(self, call: Call) -> Value:
         value = call.value("input")
@@ -482,7 +483,8 @@ class GroupNorm(OpRule):
         """Group of each channel, [C]."""
         index = call.value("group_index")
         if isinstance(index, Param):
-            return index.tensor.detach().cpu()
+            stored: Tensor = index.tensor.detach().cpu()
+            return stored
         channels = call.shape(self.x(call))[1]
         return torch.arange(channels) // (channels // call.get("num_groups"))
 

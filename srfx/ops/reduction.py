@@ -29,7 +29,7 @@ aten = torch.ops.aten
 class Reduction(OpRule):
     """y = reduce(x, dims): other axes keep their channels, reduced axes with channels keep them all."""
 
-    signature = ("input", "dim", "keepdim")
+    signature: tuple[str, ...] = ("input", "dim", "keepdim")
     absorbs = False
     keeps_constants = False  # reduce(k, .., k) = k
 
@@ -215,7 +215,7 @@ class MaxMin(Extremum):
 class AlongOne(OpRule):
     """softmax, normalize, cumsum, sort and kin: each position of one axis depends on the whole axis, which stays."""
 
-    signature = ("input", "dim")
+    signature: tuple[str, ...] = ("input", "dim")
     default_dim: int | None = None
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
@@ -262,7 +262,7 @@ class Softmax(AlongOne):
 class GLU(OpRule):
     """y = a * sigmoid(b), the halves of one axis; their channels are tied and stay in equal numbers."""
 
-    signature = ("input", "dim")
+    signature: tuple[str, ...] = ("input", "dim")
 
     def _halves(self, call: Call, t: Tensor) -> tuple[Tensor, Tensor]:
         source = call.value("input")

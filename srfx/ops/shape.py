@@ -77,14 +77,14 @@ def _original(node: fx.Node, axis: int, fields: Fields, shape: Shape, facts: Fac
 class Size(ShapeRead):
     """x.size(), x.size(d)."""
 
-    signature = ("input", "dim")
+    signature: tuple[str, ...] = ("input", "dim")
 
 
 @op_rule(builtins.getattr)
 class GetAttribute(ShapeRead):
     """x.shape, x.dtype, x.device, x.ndim: only the shape is affected by removed channels."""
 
-    signature = ("input", "name")
+    signature: tuple[str, ...] = ("input", "name")
 
     def axes(self, call: Call, rank: int) -> list[int]:
         return list(range(rank)) if call.get("name") == "shape" else []
@@ -124,7 +124,7 @@ class Numel(ShapeRead):
 
 @op_rule("dim", "ndimension", "is_floating_point", torch.is_floating_point, torch.is_tensor, builtins.len, "get_device",
          "is_complex", torch.is_complex, math.sqrt, builtins.int, builtins.float, torch.sym_int, torch.sym_float,
-         torch.sym_max, torch.sym_min, torch.sym_ite, torch._sym_sqrt, builtins.max, builtins.min, builtins.round,
+         torch.sym_max, torch.sym_min, torch.sym_ite, torch.sym_sqrt, builtins.max, builtins.min, builtins.round,
          math.ceil, math.floor, math.prod, builtins.bool, builtins.isinstance)  # fmt: skip
 class Scalar(OpRule):
     """Arithmetic on Python numbers, and questions whose answer no removed channel changes."""
@@ -149,7 +149,7 @@ class Scalar(OpRule):
 class Creation(OpRule):
     """A tensor made from sizes: channels of literal axes are free to go, axes of computed size are not followed."""
 
-    signature = ("size", "fill_value")
+    signature: tuple[str, ...] = ("size", "fill_value")
 
     def sizes(self, call: Call) -> Any:
         return call["size"]

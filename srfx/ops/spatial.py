@@ -28,7 +28,7 @@ class PerChannel(OpRule):
     ``n_spatial`` trailing axes are mixed; 0 reads it from the operand (all axes from 2 on).
     """
 
-    signature = ("input",)
+    signature: tuple[str, ...] = ("input",)
     n_spatial = 0
 
     def source(self, call: Call) -> Value:
@@ -78,7 +78,7 @@ def _zero(value: Any) -> bool:
 class AveragePool(PerChannel):
     """Average pooling: padding that is counted disturbs a constant at the border."""
 
-    signature = (
+    signature: tuple[str, ...] = (
         "input",
         "kernel_size",
         "stride",
@@ -98,7 +98,7 @@ class AveragePool(PerChannel):
 class PowerPool(PerChannel):
     """lp_pool: the sum over a window, so only 0 keeps its value."""
 
-    signature = ("input", "norm_type", "kernel_size", "stride", "ceil_mode")
+    signature: tuple[str, ...] = ("input", "norm_type", "kernel_size", "stride", "ceil_mode")
 
     def keeps(self, call: Call) -> bool:
         return False
@@ -107,13 +107,13 @@ class PowerPool(PerChannel):
 class Interpolate(PerChannel):
     """interpolate: weights sum to one for every mode."""
 
-    signature = ("input", "size", "scale_factor", "mode")
+    signature: tuple[str, ...] = ("input", "size", "scale_factor", "mode")
 
 
 class InstanceNorm(PerChannel):
     """Instance norm on its own statistics: a constant channel comes out as its bias."""
 
-    signature = (
+    signature: tuple[str, ...] = (
         "input",
         "running_mean",
         "running_var",
@@ -210,7 +210,16 @@ class BatchNorm(InstanceNorm):
     are no property of the network.  Source: Lemma B1.
     """
 
-    signature = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    signature: tuple[str, ...] = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
 
     def uses_batch(self, call: Call) -> bool:
         if call.module is not None:
@@ -225,8 +234,7 @@ class BatchNorm(InstanceNorm):
                 labels.pin(value, call.node.name, Reason.TRAINING_MODE)
         if not isinstance(call.output, (tuple, list)):
             return super().label(call, labels)
-        fields = labels.of(self.source(call))
-        return (self._tuple_label(call, labels), *({} for _ in call.output[1:])) if fields is not None else ()
+        return (self._tuple_label(call, labels), *({} for _ in call.output[1:]))
 
     def _tuple_label(self, call: Call, labels: Labeller) -> Fields:
         operands = [(labels.of(self.source(call)), self._lead(call))]
