@@ -3,6 +3,10 @@
 ``fx.GraphModule`` copies ``meta`` in deepcopy but drops it when pickled.  Every GraphModule has a class of
 its own (fx puts the generated ``forward`` there), so a ``__reduce__`` on that class concerns this one object
 only.
+
+fx pickles the generated code and traces it again when it loads; of the nested inputs and outputs of an
+exported graph only plain containers survive that, so the flat graph is pickled, and its calling convention
+beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
+from srfx.ir.clone import clone_graph
 from srfx.record.record import Record
 
 KEY = "srfx"
@@ -35,14 +41,30 @@ def _keep(gm: fx.GraphModule) -> None:
 
 
 def _reduce(gm: fx.GraphModule) -> tuple[Any, ...]:
-    restore, (state, *rest) = fx.GraphModule.__reduce__(gm)
+    codegen = gm.graph._codegen
+    flat = _flat(gm) if isinstance(codegen, _PyTreeCodeGen) else gm
+    restore, (state, *rest) = fx.GraphModule.__reduce__(flat)
     state = {key: value for key, value in state.items() if key != "_deepcopy_hooks"}
     state["_graphmodule_cls_name"] = type(gm).__name__  # read by fx when it loads
-    return _restore, (restore, state, rest, gm.meta[KEY])
+    return _restore, (restore, state, rest, codegen if flat is not gm else None, gm.meta[KEY])
 
 
-def _restore(restore: Any, state: dict[str, Any], rest: list[Any], record: Record) -> fx.GraphModule:
+def _flat(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same modules and nodes; takes the placeholders in order and returns what the output node holds."""
+    graph = clone_graph(gm.graph)
+    graph._codegen = CodeGen()
+    flat = fx.GraphModule(gm, graph, type(gm).__name__)
+    flat.training = gm.training
+    return flat
+
+
+def _restore(
+    restore: Any, state: dict[str, Any], rest: list[Any], codegen: CodeGen | None, record: Record
+) -> fx.GraphModule:
     gm = restore(state, *rest)
     assert isinstance(gm, fx.GraphModule)
+    if codegen is not None:
+        gm.graph._codegen = codegen
+        gm.recompile()
     attach(gm, record)
     return gm

@@ -229,8 +229,8 @@ def _layers(gm: fx.GraphModule, survey: Survey) -> tuple[dict[str, str], dict[st
         elif node.op in ("call_function", "call_method"):
             read = [paths[n] for n in node.all_input_nodes if n.op == "get_attr"]
             paths[node] = read[0] if read else node.name
-            if read:
-                kinds.setdefault(read[0], op_name(node))
+            if read or node in survey.flops:
+                kinds.setdefault(paths[node], op_name(node))
         if node in survey.flops:
             flops[paths.get(node, node.name)] += survey.flops[node]
     return kinds, dict(flops)

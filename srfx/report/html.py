@@ -18,6 +18,8 @@ def to_html(report: Report) -> str:
     """One table and the lines below it; no scripts, no styles of its own."""
     rows = []
     for r in report.layers:
+        if not (r.tensor or r.params_after):
+            continue
         after = "gone" if r.shape_after is None and r.tensor else shape_text(r.shape_after or ())
         cells = (
             r.name or "(model)", r.kind, shape_text(r.shape_before), after,

@@ -41,6 +41,8 @@ def _table(report: Report) -> Table:
     table.add_column("kept", justify="right", footer=count(a.params))
     table.add_column("left", justify="right", footer=share(a.params, b.params))
     for row in report.layers:
+        if not (row.tensor or row.params_after):
+            continue  # an op without tensors: its FLOPs are in the total
         table.add_row(*_cells(row))
     return table
 

@@ -177,6 +177,44 @@ def test_a_pickle_keeps_the_class_name() -> None:
     assert type(through_pickle(srfx.minimize(fx.symbolic_trace(network())))).__name__ == "Residual"
 
 
+class Output(dict):  # what Hugging Face models return is a class of this kind
+    """A container of a class of its own."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Output,
+    lambda o: (list(o.values()), list(o)),
+    lambda values, keys: Output(zip(keys, values, strict=True)),
+    serialized_type_name="tests.Output",
+)
+
+
+class Structured(nn.Module):
+    """Nested inputs, one by keyword, and an output of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, pair: dict[str, Tensor], *, scale: Tensor) -> Output:
+        hidden = torch.relu(self.a(pair["x"] + pair["y"])) * scale
+        return Output(logits=self.b(hidden), hidden=hidden)
+
+
+def test_nested_inputs_and_outputs_survive_pickling() -> None:
+    model = masked(randomized(Structured()))
+    pair, scale = {"x": torch.randn(2, 4), "y": torch.randn(2, 4)}, torch.rand(2, 1)
+    with torch.no_grad():
+        program = torch.export.export(model, (pair,), {"scale": scale}, strict=False)
+        small = srfx.minimize(program)
+        again = through_pickle(through_pickle(small))
+        for found in (small(pair, scale=scale), again(pair, scale=scale)):
+            assert type(found) is Output
+            assert list(found) == ["logits", "hidden"]
+            torch.testing.assert_close(found["logits"], model(pair, scale=scale)["logits"])
+    assert again.get_parameter("a.weight").shape == small.get_parameter("a.weight").shape
+
+
 def test_a_state_dict_loads_into_a_copy() -> None:
     small = srfx.minimize(fx.symbolic_trace(network()))
     other = copy.deepcopy(small)
