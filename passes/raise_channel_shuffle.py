@@ -26,8 +26,7 @@ from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.lattice.movement import Permute, Regroup, Step, walk
-from srfx.ops.join import GetItem
-from srfx.ops.movement import Copy, Movement
+from srfx.ops.movement import Copy, MoveDim, PermuteAxes, Reshaping, Transpose
 from srfx.ops.registry import resolve
 from srfx.passes._channels import holds_channels
 from srfx.passes.base import Pass, register_pass
@@ -106,11 +105,11 @@ def _step(node: fx.Node, program: Program) -> Step | str | None:
     if node.op not in ("call_function", "call_method", "call_module") or not program.is_tensor(node):
         return None
     rule, call = resolve(node, program)
-    if not isinstance(rule, Movement) or isinstance(rule, GetItem) or call.value("input") is None:
+    if call.value("input") is None:
         return None
     if isinstance(rule, Copy):
         return "copy" if op_name(node) in _COPIES else None
-    if not rule.is_followed(call):
+    if not isinstance(rule, (Reshaping, PermuteAxes, Transpose, MoveDim)):
         return None
     steps = rule.steps(call)
     return steps[0] if len(steps) == 1 and isinstance(steps[0], (Permute, Regroup)) else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+import srfx
 from srfx.ir.capture import capture
 from srfx.ir.plan import Edit, Reason, Refusal
 from srfx.ir.shapes import hint_inputs
@@ -316,10 +317,10 @@ def check(
     for route in routes:
         traced = trace(model, inputs, route)
         before = snapshot(traced)
-        outcome = plan_of(traced, inputs)
         small = minimize(traced, inputs)
         assert_unchanged(traced, before)
-        outcome.small = small
+        notes = srfx.plan(small).refusals
+        outcome = Outcome(small, [], [Refusal(n.node, Reason[n.reason], n.detail) for n in notes])
         assert_no_dead_weight(small)
         with torch.no_grad():
             for i, given in enumerate(tries):
