@@ -6,6 +6,7 @@ if __name__ != "srfx.passes":
 from srfx.passes import (  # noqa: F401
     bake_masks,
     compact_channels,
+    decompose_attention,
     drop_noops,
     fold_parameter_math,
     functionalize,

@@ -10,13 +10,13 @@ from srfx.lattice.movement import Permute, Regroup, Step, Take
 from srfx.ops.attention import Matmul
 from srfx.ops.contraction import Contraction
 from srfx.ops.elementwise import Elementwise
-from srfx.ops.join import Concat, Indexing, Splitting
-from srfx.ops.movement import Expand, Movement, View
+from srfx.ops.join import Concat, GetItem, Indexing, Splitting
+from srfx.ops.movement import Copy, Expand, IndexSelect, Movement, Narrow, Reshaping, Select, View
 from srfx.ops.norm import LayerNorm
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule
 from srfx.ops.spatial import PerChannel
-from srfx.passes._fused_axis import is_fixed, view_sizes
+from srfx.passes._fused_axis import AXIS_MOVES, is_fixed, view_sizes
 
 
 def holds_channels(program: Program, node: fx.Node, axis: int) -> bool:
@@ -90,15 +90,19 @@ def _through(program: Program, rule: Movement, call: Call, axis: int) -> list[tu
         return []
     if isinstance(rule, View) and _is_literal(call, axis):
         return None
-    if isinstance(rule, Expand) and len(program.shape(source)) != len(call.out_shape):
+    if isinstance(rule, (Expand, IndexSelect)) and len(program.shape(source)) == len(call.out_shape):
+        return [(source, axis)] if program.shape(source)[axis] == call.out_shape[axis] else []
+    if isinstance(rule, GetItem):
+        parsed = Indexing.parse(call, call.shape(source))
+        steps = parsed.steps if parsed is not None else None
+    elif isinstance(rule, (*AXIS_MOVES, Copy, Reshaping, Narrow, Select)):
+        steps = rule.steps(call)
+    else:
+        steps = None
+    if steps is None:
         return []
     at: int | None = axis
-    parsed = (
-        Indexing.parse(call, call.shape(source))
-        if "index" in call.bound and call.get("dim") is None
-        else None
-    )
-    for step in reversed(parsed.steps if parsed is not None else rule.steps(call)):
+    for step in reversed(steps):
         at = _before(step, at, call) if at is not None else None
     return [(source, at)] if at is not None else []
 

@@ -20,10 +20,27 @@ from srfx.ir.call import Call
 from srfx.ir.program import Param, Program
 from srfx.lattice.movement import Permute, Regroup
 from srfx.ops.join import Indexing, Splitting
-from srfx.ops.movement import AlongAxis, Copy, Flatten, Movement, Reshaping, Select, Unflatten, View
+from srfx.ops.movement import (
+    AlongAxis,
+    Copy,
+    Flatten,
+    MatrixTranspose,
+    MoveDim,
+    Movement,
+    Narrow,
+    PermuteAxes,
+    Reshaping,
+    Select,
+    Transpose,
+    Unflatten,
+    View,
+)
 from srfx.ops.registry import resolve
 
 aten = torch.ops.aten
+
+AXIS_MOVES = (PermuteAxes, Transpose, MatrixTranspose, MoveDim)
+"""Rules of ops that only reorder axes: one `Permute` step."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class Walk:
         if user.target is operator.getitem:
             return self._of_index(user, call, track, path)
         if isinstance(rule, AlongAxis):
-            if type(rule).selection is AlongAxis.selection or isinstance(call.get("index"), fx.Node):
+            if not isinstance(rule, (Narrow, Select)):
                 return None
             take = rule.selection(call)
             if torch.equal(take.source, torch.arange(take.extent)) and not isinstance(rule, Select):
@@ -201,13 +218,13 @@ def _moved(rule: Movement, call: Call, track: Track) -> Iterator[Track]:
     if isinstance(rule, Copy):
         yield track
         return
-    steps = rule.steps(call)
-    if len(steps) != 1:
+    if not isinstance(rule, (*AXIS_MOVES, Reshaping)):
         return
-    step = steps[0]
+    step = rule.steps(call)[0]
     if isinstance(step, Permute):
         yield Track(step.order.index(track.axis), track.outer, track.n, track.inner)
-    elif isinstance(step, Regroup) and isinstance(rule, Reshaping):
+    elif isinstance(step, Regroup):
+        assert isinstance(rule, Reshaping)
         yield from _regrouped(rule, step, call, track)
 
 

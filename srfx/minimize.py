@@ -23,6 +23,7 @@ from srfx.verify import verify as run_verification
 
 CANONICALISE = (
     "bake-masks",
+    "decompose-attention",
     "functionalize",
     "fold-parameter-math",
     "drop-noops",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,17 @@ def survey(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Survey:
         return _Propagator(gm, with_hooks=True).survey(hints)
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch from packing padded sequences into nested tensors, whose shapes depend on data."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
 class _Propagator:
     """Runs the graph once on fake tensors, over a fake copy of the modules."""
 
@@ -143,7 +155,7 @@ class _Propagator:
 
     def survey(self, hints: Sequence[Any]) -> Survey:
         given = iter(hints)
-        with torch.no_grad(), self.mode, FlopCounter() as counter:
+        with torch.no_grad(), self.mode, plain_attention(), FlopCounter() as counter:
             for node in self.gm.graph.nodes:
                 counter.total = 0
                 if node.op == "placeholder":

@@ -1,5 +1,6 @@
 """Modules that appear in minimized networks: norms that keep the statistics of the channels they lost."""
 
+from srfx.nn.attention import DropoutAttention
 from srfx.nn.compensate import (
     AbsorbedColumns,
     absorbed_columns,
@@ -17,6 +18,7 @@ __all__ = [
     "CompensatedGroupNorm",
     "CompensatedLayerNorm",
     "CompensatedRMSNorm",
+    "DropoutAttention",
     "RemovedConstants",
     "absorbed_columns",
     "compensate_group_norm",

@@ -21,6 +21,7 @@ from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
+from srfx.nn.attention import DropoutAttention
 from srfx.ops.contraction import MatmulWithParameter
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.invariance import is_shift_invariant
@@ -162,7 +163,7 @@ class Matmul(Product):
         return self.rule(call).compact(call, facts)
 
 
-@op_rule(F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+@op_rule(F.scaled_dot_product_attention, DropoutAttention, aten.scaled_dot_product_attention.default)
 class Attention(OpRule):
     """y = softmax(q k^T scale + mask) v.  q [.., Tq, D], k [.., Tk, D], v [.., Tk, Dv] -> y [.., Tq, Dv]."""
 
