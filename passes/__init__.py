@@ -11,6 +11,7 @@ from srfx.passes import (  # noqa: F401
     fold_parameter_math,
     functionalize,
     raise_channel_shuffle,
+    raise_linear,
     repeat_to_index_select,
     split_fused_projections,
 )

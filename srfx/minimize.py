@@ -27,6 +27,7 @@ CANONICALISE = (
     "functionalize",
     "fold-parameter-math",
     "drop-noops",
+    "raise-linear",
     "split-fused-projections",
     "repeat-to-index-select",
     "raise-channel-shuffle",

@@ -20,6 +20,7 @@ ALIASES = {
     "self": "input",
     "a": "input",
     "b": "other",
+    "mat2": "other",
     "axis": "dim",
     "axes": "dim",
     "x": "input",

@@ -1,0 +1,70 @@
+"""raise-linear: addmm and mm of a transposed stored weight become linear, nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import srfx
+from srfx.ir.capture import capture
+from srfx.passes import get_pass
+
+aten = torch.ops.aten
+X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def decomposed(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        program = torch.export.export(model, (X,), dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}])
+    return program.run_decompositions().module()
+
+
+def targets(gm: torch.fx.GraphModule) -> list[object]:
+    return [n.target for n in gm.graph.nodes if n.op == "call_function"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_decomposed_linear_is_raised_and_computes_the_same(bias: bool):
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.ReLU(), nn.Linear(5, 2, bias=bias)).double().eval()
+    gm = capture(decomposed(model)).graph_module
+    result = get_pass("raise-linear")(gm)
+    assert len(result.edits) == 2
+    assert targets(gm).count(aten.linear.default) == 2
+    assert not {aten.addmm.default, aten.mm.default, aten.permute.default, aten.t.default} & set(targets(gm))
+    torch.testing.assert_close(gm(X), model(X), rtol=1e-12, atol=0)
+    assert not get_pass("raise-linear")(gm).modified
+
+
+def test_decomposed_network_reaches_the_size_of_the_composite_one():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight[[0, 3]] = 0
+    small = srfx.minimize(decomposed(model))
+    assert sum(p.numel() for p in small.parameters()) == 3 * 6 + 3 + 2 * 3 + 2
+    torch.testing.assert_close(small(X), model(X), rtol=1e-9, atol=0)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(5, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight.t(), alpha=2)
+
+
+def test_scaled_addmm_is_left_alone():
+    gm = capture(decomposed(Scaled())).graph_module
+    assert not get_pass("raise-linear")(gm).modified
+
+
+class Computed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, x.t())
+
+
+def test_product_of_computed_values_is_left_alone():
+    gm = capture(decomposed(Computed())).graph_module
+    assert not get_pass("raise-linear")(gm).modified
