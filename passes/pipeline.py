@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -31,6 +31,7 @@ class Pipeline:
     Args:
         passes: instances, or names of registered passes.
         max_rounds: how often one pass may run before it is called divergent.
+        on_change: called after every round that changed the graph.
 
     Example:
         >>> from torch import fx, nn
@@ -38,9 +39,15 @@ class Pipeline:
         False
     """
 
-    def __init__(self, passes: Sequence[Pass | str], max_rounds: int = 100) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Pass | str],
+        max_rounds: int = 100,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
         self.passes = [get_pass(p) if isinstance(p, str) else p for p in passes]
         self.max_rounds = max_rounds
+        self.on_change = on_change
 
     def __call__(self, gm: fx.GraphModule) -> PipelineResult:
         """Run every pass to its fixpoint on a graph module that the caller owns.
@@ -67,6 +74,8 @@ class Pipeline:
                 result.edits += [(step.name, edit) for edit in done.edits]
                 if not done.modified:
                     return done
+                if self.on_change is not None:
+                    self.on_change()
         finally:
             step.recompiles = recompiled
         name = step.name or type(step).__name__

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.own import own_tensors, storages
-from srfx.ir.shapes import UNKNOWN, Survey, survey
+from srfx.ir.shapes import UNKNOWN, SharedHints, Survey, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.passes import PASSES, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
@@ -103,8 +103,9 @@ def _minimize(
     gm = captured.graph_module
     before = survey(gm, captured.inputs)
 
-    done = canonicalise(gm, before.inputs)
-    canonical = survey(gm, before.inputs) if done.modified else before
+    hints = SharedHints(before)
+    done = canonicalise(gm, hints)
+    canonical = survey(gm, hints)
     assert_same_interface(before, canonical)
     recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of})
     for name, refusal in done.refusals:
@@ -133,7 +134,8 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Pipe
         hints: one example or fake value for each placeholder, for the passes that need shapes.
     """
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
-    return Pipeline([get_pass(name, **options[name]) for name in CANONICALISE])(gm)
+    steps = [get_pass(name, **options[name]) for name in CANONICALISE]
+    return Pipeline(steps, on_change=hints.forget if isinstance(hints, SharedHints) else None)(gm)
 
 
 def check_result(

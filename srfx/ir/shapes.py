@@ -116,8 +116,27 @@ class Survey:
     flops: dict[fx.Node, int]
 
 
+class SharedHints(list[Any]):
+    """Inputs for :func:`propagate` and :func:`survey` that remember the last result, for passes in a row.
+
+    Whoever changes the graph calls :meth:`forget`.
+    """
+
+    def __init__(self, known: Survey) -> None:
+        super().__init__(known.inputs)
+        self.known: Survey | None = known
+
+    def forget(self) -> None:
+        """The graph has changed."""
+        self.known = None
+
+
 def survey(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Survey:
     """:func:`propagate`, which also says what the inputs were and counts FLOPs; same arguments and errors."""
+    if isinstance(hints, SharedHints):
+        if hints.known is None:
+            hints.known = survey(gm, list(hints))
+        return hints.known
     if hints is None:
         placeholders = gm.graph.find_nodes(op="placeholder")
         hints = _from_metadata(placeholders)
