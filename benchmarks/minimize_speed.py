@@ -27,6 +27,7 @@ from torch import fx, nn
 
 import srfx
 import srfx.analysis.solver
+import srfx.passes
 import srfx.passes.base
 import srfx.passes.compact_channels
 import srfx.record.recorder
@@ -41,10 +42,10 @@ SOLVER = "srfx.analysis.solver"
 PHASES = (
     (MINIMIZE, "capture", 0),
     (MINIMIZE, "survey", 0),
-    ("srfx.passes.bake_masks.BakeMasks", "__call__", 0),
-    ("srfx.passes.functionalize.FunctionalizePass", "__call__", 0),
-    ("srfx.passes.fold_parameter_math.FoldParameterMath", "__call__", 0),
-    ("srfx.passes.drop_noops.DropNoops", "__call__", 0),
+    *(
+        (f"{srfx.passes.PASSES[name].__module__}.{srfx.passes.PASSES[name].__name__}", "__call__", 0)
+        for name in sys.modules[MINIMIZE].CANONICALISE
+    ),
     ("srfx.passes.compact_channels.CompactChannels", "__call__", 0),
     ("srfx.passes.compact_channels", "analyse", 1),
     (SOLVER, "sites", 2),
