@@ -15,10 +15,11 @@ def liveness(facts: FactTable, sites: list[Site]) -> None:
     """Recompute ``facts.live`` in one sweep against the edges.  Monotone in ``facts.kept``: it only ever grows."""
     facts.live = {}
     _demand_outputs(facts)
+    present = set(executed(facts, sites))
     for site in reversed(sites):
         live = facts.live.get(site.node)
         if live is None and site.rule.effect is not Effect.IMPURE:
-            if not _is_kept(facts, site.node):
+            if not _is_kept(facts, site.node, present):
                 continue
             live = _none(facts, site.node)
         if live is None:
@@ -61,9 +62,12 @@ def _add(facts: FactTable, demand: Demand) -> None:
         facts.live[key] = live if old is None else old | live
 
 
-def _is_kept(facts: FactTable, node: fx.Node) -> bool:
+def _is_kept(facts: FactTable, node: fx.Node, present: set[Value]) -> bool:
+    """Whether the result exists though nothing of it is live: it has to be finite (theory: section 2, remark 2)."""
     fields = facts.labeller.fields.get(node)
-    return isinstance(fields, dict) and bool(fields) and bool(facts.kept_channels(node).any())
+    if not isinstance(fields, dict) or not facts.program.is_tensor(node):
+        return False
+    return bool(facts.kept_channels(node).any()) if fields else node in present
 
 
 def _none(facts: FactTable, node: fx.Node) -> Tensor | tuple[Tensor | None, ...]:

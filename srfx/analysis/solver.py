@@ -49,8 +49,7 @@ def analyse(
             facts.awaiting[facts.classes.representative[own]] = True
         constancy(facts, found)
         _settle(facts, found)
-        _choose_carriers(facts, found)
-        while _choose_emitted(facts, found):
+        while _choose_carriers(facts, found) or _choose_emitted(facts, found):
             _settle(facts, found)
     return facts, found
 
@@ -118,10 +117,11 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
     return again
 
 
-def _choose_carriers(facts: FactTable, found: list[Site]) -> None:
-    """For every value whose nonzero constants meet a border: the channel that carries them all.
+def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
+    """For every value whose nonzero constants meet a border: the channel that carries them all; True when one is new.
 
-    Any of them would do.  One that is kept anyway costs nothing, a large one loses no digits.
+    Any of them would do.  One that is kept anyway costs nothing, a large one loses no digits.  A carrier that is
+    kept may make further readers live, and these meet further constants (theory: Lemma V3).
     """
     wanted: dict[Any, Tensor] = {}
     for site in found:
@@ -130,14 +130,17 @@ def _choose_carriers(facts: FactTable, found: list[Site]) -> None:
             if border is not None:
                 x = site.rule.x(site.call)
                 wanted[x] = wanted[x] | border if x in wanted else border
+    again = False
     for x, border in wanted.items():
         axis = next(iter(facts.fields(x)), None)
-        if axis is None:
+        if axis is None or x in facts.carriers:
             continue
+        again = True
         size = facts.constancy(x).value.abs().flatten().cpu()
         score = torch.where(border, size, 0.0)
         kept = facts.is_kept(facts.fields(x)[axis]).flatten() & border & (score >= 0.1 * score.max())
         facts.carriers[x] = int((torch.where(kept, score, 0.0) if bool(kept.any()) else score).argmax())
+    return again
 
 
 def _count_in_multiples(program: Program, labels: Any) -> None:

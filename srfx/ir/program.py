@@ -75,6 +75,13 @@ class Program:
             return value.shape
         return tuple(int(s) for s in self.hints[value].shape)
 
+    def has_attribute(self, path: str) -> bool:
+        """Whether the tree has something under this path (an empty slot, as of a missing bias, is nothing)."""
+        try:
+            return get_attr(self.gm, path) is not None
+        except AttributeError:
+            return False
+
     def is_finite(self, param: Param) -> bool:
         """Whether a stored tensor holds no inf and no nan."""
         if param not in self._finite:

@@ -163,6 +163,13 @@ class Matmul(Product):
         return self.rule(call).compact(call, facts)
 
 
+def _over_tokens(facts: FactTable, value: Value) -> Constancy:
+    """What is known of lanes at all tokens alike: a constant of its own at each token is none of the lane's."""
+    c = facts.constancy(value)
+    rank = c.value.dim()
+    return c.settle(set(range(rank)) - {rank - 2})
+
+
 @op_rule(F.scaled_dot_product_attention, DropoutAttention, aten.scaled_dot_product_attention.default)
 class Attention(OpRule):
     """y = softmax(q k^T scale + mask) v.  q [.., Tq, D], k [.., Tk, D], v [.., Tk, Dv] -> y [.., Tq, Dv]."""
@@ -218,8 +225,9 @@ class Attention(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         if call.get("enable_gqa"):
             return super().forward(call, facts)
-        c = facts.constancy(self.operands(call)[2])
-        varies, value = c.varies.cpu(), c.value.double().cpu()
+        c = _over_tokens(facts, self.operands(call)[2])
+        lead = (1,) * (len(call.out_shape) - c.varies.dim())
+        varies, value = c.varies.cpu().view(lead + c.varies.shape), c.value.double().cpu().view(lead + c.value.shape)
         certain = self.sees_a_key(call) and not call.get("dropout_p", 0.0)
         return Constancy(varies if certain else varies | (value != 0), value)
 
@@ -241,14 +249,14 @@ class Attention(OpRule):
         if call.get("enable_gqa") or not isinstance(live, Tensor):
             return super().backward(call, live, facts)
         q, k, v = self.operands(call)
-        cq, ck = facts.constancy(q), facts.constancy(k)
+        cq, ck = _over_tokens(facts, q), _over_tokens(facts, k)
         head = live.any(-1, keepdim=True).any(-2, keepdim=True)
         idle_q, idle_k = cq.is_constant(0).cpu(), ~ck.varies.cpu()
         needed = head & ~idle_q & ~idle_k
         kept_q, kept_k = facts.kept_channels(q), facts.kept_channels(k)
         demand: Demand = {}
-        wanted = {q: needed | head & kept_q & idle_q & ~idle_k, k: needed | head & kept_k & idle_k}
-        for value, part in ((q, wanted[q]), (k, wanted[k]), (v, live)):
+        wanted_q, wanted_k = needed | head & kept_q & idle_q & ~idle_k, needed | head & kept_k & idle_k
+        for value, part in ((q, wanted_q), (k, wanted_k), (v, live)):  # q, k and v may be one value
             found = collapse(part, facts.layout(value))
             demand[value] = demand[value] | found if value in demand else found
         mask = call.value("attn_mask")

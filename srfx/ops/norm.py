@@ -103,7 +103,7 @@ class LayerNorm(OpRule):
     def _outputs(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> Tensor:
         """Labels of the result's channels: the operand's, or own ones where statistics may take places."""
         n_emitted = len(self.emits(call))
-        if self.is_open(call, labels.program, kept, axis):
+        if self.is_open(call, labels, kept, axis):
             own = labels.table.fresh(kept.numel()).view(kept.shape)
             labels.table.imply(kept, own)
             labels.awaiting.append(own.flatten())
@@ -120,10 +120,11 @@ class LayerNorm(OpRule):
             axis,
         )
 
-    def is_open(self, call: Call, program: Program, labels: Tensor, axis: int) -> bool:
-        """Whether every reader is linear in the result and may change its weight."""
-        alone = labels.numel() == labels.shape[axis] and len(self.axes(call)) == 1
-        return alone and not self.is_shared(call) and linear_readers(call.node, axis, program)
+    def is_open(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> bool:
+        """Whether there is one channel vector, and every reader is linear in the result and may change its weight."""
+        alone = kept.numel() == kept.shape[axis] and len(self.axes(call)) == 1
+        alone = alone and list(labels.of(self.x(call))) == [axis]
+        return alone and not self.is_shared(call) and linear_readers(call.node, axis, labels.program)
 
     def _own(self, call: Call, facts: FactTable) -> tuple[int | None, bool]:
         """The channel axis, and whether the result has labels of its own."""
@@ -131,7 +132,7 @@ class LayerNorm(OpRule):
         axis = self.axis(call, fields)
         if axis is None or self.is_shared(call) or axis not in facts.fields(call.node):
             return None, False
-        return axis, self.is_open(call, facts.program, fields[axis], axis)
+        return axis, self.is_open(call, facts.labeller, fields[axis], axis)
 
     # -------------------------------------------------------------- facts
     def _vector(self, call: Call, facts: FactTable, name: str, default: float) -> Tensor:
@@ -187,6 +188,8 @@ class LayerNorm(OpRule):
         truly, rows = live, live
         for d in axes:
             rows = rows.any(d, keepdim=True)
+        if call.get("eps", 1e-5) == 0.0:
+            rows = torch.ones_like(rows)  # a partial function: no leftover may come in (theory: Lemma E4)
         if axis is not None:
             width = call.shape(x)[axis]
             truly = live.expand(
@@ -197,12 +200,17 @@ class LayerNorm(OpRule):
                 truly = truly.index_fill(axis, torch.tensor(places), False)
         wanted = rows & (c.varies.cpu() | facts.kept_channels(x))
         if axis is not None:
-            uniform = facts.fields(x)[axis].numel() == call.shape(x)[axis]
-            absorbs = torch.tensor(True) if uniform else c.value.double().cpu() == 0  # rows share one share
-            wanted = wanted | truly | (rows & ~absorbs)
+            wanted = wanted | truly | (rows & ~self._absorbable(call, facts, c, axis))
         else:
             wanted = rows
         return {x: collapse(wanted & torch.ones(facts.layout(x), dtype=torch.bool), facts.layout(x))}
+
+    def _absorbable(self, call: Call, facts: FactTable, c: Constancy, axis: int) -> Tensor:
+        """Channels whose constant every outer position has alike: 0 where the rows keep different channels."""
+        if facts.fields(self.x(call))[axis].numel() != call.shape(self.x(call))[axis]:
+            return c.is_constant(0).cpu()
+        alike = c.settle([axis])
+        return ~alike.varies.cpu()
 
     def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
         """A channel of the result that is kept, and is no statistic, needs its channel of the operand."""
@@ -237,7 +245,7 @@ class LayerNorm(OpRule):
             new = []
         facts.emitted[call.node] = {**places, **dict(zip(new, free, strict=False))}
         self._rank(call, facts, axis)
-        return before != facts.emitted[call.node]
+        return before != facts.emitted[call.node] or call.node in facts.closed
 
     def _rank(self, call: Call, facts: FactTable, axis: int) -> None:
         own = facts.classes.representative[facts.fields(call.node)[axis].flatten()]
@@ -263,7 +271,7 @@ class LayerNorm(OpRule):
         row = kept[int(kept.sum(1).argmax())]
         c = facts.constancy(x)
         width = call.shape(x)[axis]
-        value = c.value.double().cpu().movedim(axis, -1).flatten(0, -2)[0].expand(width)
+        value = c.settle([axis]).value.double().cpu().flatten().expand(width)  # 0 where rows differ: see _absorbable
         shape = [facts.count(facts.fields(x), a) if a == axis else call.shape(x)[a] for a in self.axes(call)]
         repeat = torch.Size(call.shape(x)[a] for a in self.axes(call) if a != axis).numel()
         return self.rewrite(call, facts, shape, value[~row], repeat, emits)
@@ -528,7 +536,7 @@ class GroupNorm(OpRule):
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
         x = self.x(call)
-        c, groups = facts.constancy(x), self.groups(call)
+        c, groups = facts.constancy(x).settle([1]), self.groups(call)
         shape = [groups.numel() if a == 1 else 1 for a in range(live.dim())]
         active = (
             collapse(live, tuple(shape)).expand(shape).flatten()
@@ -545,7 +553,7 @@ class GroupNorm(OpRule):
         if not facts.changed(fields, 1, call.shape(x)[1]):
             return []
         groups, kept = self.groups(call), facts.is_kept(fields[1]).flatten()
-        c = facts.constancy(x)
+        c = facts.constancy(x).settle([1])
         value = c.value.double().cpu().flatten().expand(groups.numel())
         varies = c.varies.cpu().flatten().expand(groups.numel())
         value = torch.where(varies, 0.0, value)  # only channels of groups that are not live may vary and go
