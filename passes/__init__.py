@@ -14,6 +14,7 @@ from srfx.passes import (  # noqa: F401
     raise_linear,
     repeat_to_index_select,
     split_fused_projections,
+    split_parameters,
 )
 from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
 from srfx.passes.pipeline import Pipeline, PipelineResult

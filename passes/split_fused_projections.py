@@ -295,7 +295,8 @@ def _names(node: fx.Node, weights: _Weights, n_parts: int) -> tuple[str, ...]:
         letters = _QKV[1:]
     else:
         letters = tuple(str(i) for i in range(n_parts))
-    own = [f"{x}_proj" if last == "in_proj" and x in _QKV else f"{last}_{x}" for x in letters]
+    is_torch = last in ("in_proj", "in_proj_kv")
+    own = [f"{x}_proj" if is_torch and x in _QKV else f"{last}_{x}" for x in letters]
     return tuple(f"{parent}.{name}" if parent else name for name in own)
 
 
