@@ -2,8 +2,9 @@
 
     K_0 = {}            K_{n+1} = close(live(K_n) + present(K_n))
 
-Both maps are monotone in K, so the sequence ends.  It runs twice: first as if every constant that meets a border
-were carried for free, then with the carriers chosen among what is kept anyway.
+Both maps are monotone in K, so the sequence ends.  It runs again whenever a choice is made that adds a demand: which
+channel carries the constants that meet a border, where a norm's statistics travel.  What only has to be present for
+a tensor to have a shape comes last: any of these may be enough.
 """
 
 from __future__ import annotations
@@ -44,23 +45,22 @@ def analyse(
         facts.kept = torch.zeros(labels.table.size, dtype=torch.bool)
         facts.refusals = list(labels.refusals)
         facts.ranks = torch.zeros(labels.table.size, dtype=torch.int8)
-        facts.awaiting = torch.zeros(labels.table.size, dtype=torch.bool)
-        for own in labels.awaiting:
-            facts.awaiting[facts.classes.representative[own]] = True
         constancy(facts, found)
-        _settle(facts, found)
-        while _choose_carriers(facts, found) or _choose_emitted(facts, found):
-            _settle(facts, found)
+        for has_presence in (False, True):  # the statistics of a norm may be all that an axis needs to keep
+            _settle(facts, found, has_presence)
+            while _choose_carriers(facts, found) or _choose_emitted(facts, found):
+                _settle(facts, found, has_presence)
     return facts, found
 
 
-def _settle(facts: FactTable, found: list[Site]) -> None:
+def _settle(facts: FactTable, found: list[Site], has_presence: bool) -> None:
     while True:
         liveness(facts, found)
         seed = live_labels(facts) | facts.kept
         if facts.demanded is None:
             facts.demanded = seed
-        kept = facts.classes.close(seed | _present(facts, found, seed) | _sustained(facts, found))
+        present = _present(facts, found, seed) if has_presence else seed
+        kept = facts.classes.close(seed | present | _sustained(facts, found))
         if torch.equal(kept, facts.kept):
             return
         facts.kept = kept
@@ -77,8 +77,6 @@ def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
             continue
         for labels in fields.values():
             held = rep[labels]
-            if not facts.settled_once and bool(facts.awaiting[held].any()):
-                continue  # a statistic may come to stand there
             if not bool((facts.kept | seed)[held].any()):
                 wanted[held.reshape(-1)[0]] = True
     return wanted
@@ -100,19 +98,22 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
     They take the places of removed channels.  When a place turns out to be kept, or there are not more removed
     channels than statistics, the choice is made again; each round keeps more, so this ends.
     """
-    needs: dict[fx.Node, tuple[set[str], Tensor]] = {}
+    readers: dict[fx.Node, list[tuple[Site, Tensor]]] = {}
     for site in found:
-        if isinstance(site.rule, Contraction):
-            need = site.rule.statistics(site.call, facts)
-            if need is not None:
-                norm, names, gone = need
-                before = needs.get(norm, (set(), torch.zeros_like(gone)))
-                needs[norm] = (before[0] | names, before[1] | gone)
+        taken = site.rule.taken(site.call, facts) if isinstance(site.rule, Contraction) else None
+        if taken is not None:
+            readers.setdefault(taken[0], []).append((site, taken[1]))
     again = not facts.settled_once
     facts.settled_once = True
     for site in found:
         if isinstance(site.rule, LayerNorm):
-            names, gone = needs.get(site.node, (set(), torch.zeros(0, dtype=torch.bool)))
+            gone, names = torch.zeros(0, dtype=torch.bool), set[str]()
+            if site.node in readers:
+                gone = torch.stack([part for _, part in readers[site.node]]).any(0)
+                site.rule.choose_shift(site.call, facts, gone)
+            for reader, part in readers.get(site.node, ()):
+                assert isinstance(reader.rule, Contraction)
+                names |= reader.rule.statistics(reader.call, facts, part)
             again = site.rule.place(site.call, facts, names, gone) or again
     return again
 

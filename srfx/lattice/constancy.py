@@ -17,21 +17,29 @@ from torch import Tensor
 class Affine:
     """Channels along ``axis`` that vary, but only as a known combination of a norm's own statistics.
 
-    y[c] = coefficients[0, c] r + coefficients[1, c] (mu - shift) r + coefficients[2, c]   where ``mask``[c]
+    y[c] = scale[c] (value[c] - mu) r + offset[c]   where ``mask``[c]; without mu unless ``centred``
 
-    A linear reader can take r and (mu - shift) r in their place (theory: Lemma N3).  ``bordered``: zero padding
-    has been put around y since, so that its constant part is not a bias any more.
+    A linear reader can take r and (mu - shift) r in their place, for any number ``shift`` (theory: Lemma N3).
+    ``bordered``: zero padding has been put around y since, so that its constant part is not a bias any more.
     """
 
     norm: Hashable
     axis: int
     mask: Tensor  # [C] bool
-    coefficients: Tensor  # [3, C] float64
+    value: Tensor  # [C] float64, what the norm sees
+    scale: Tensor  # [C] float64
+    offset: Tensor  # [C] float64
+    centred: bool = True
     bordered: bool = False
+
+    def coefficients(self, shift: float) -> Tensor:
+        """Of r, (mu - shift) r and 1 in each channel, [3, C]; rows in the order of `EMITS`."""
+        mean = -self.scale if self.centred else torch.zeros_like(self.scale)
+        return torch.stack([self.scale * (self.value - shift), mean, self.offset])
 
 
 EMITS = ("r", "mu_r", "one")
-"""Names of the rows of `Affine.coefficients`, in the order in which a norm appends them."""
+"""The statistics of a norm, in the order in which it appends them."""
 
 
 @dataclass(frozen=True)

@@ -283,8 +283,8 @@ class Contraction(OpRule):
         kept = self._by_group(call, facts.kept_channels(self.x(call)))
         return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
 
-    def statistics(self, call: Call, facts: FactTable) -> tuple[fx.Node, set[str], Tensor] | None:
-        """The norm, the statistics of it that this call needs, and the channels [C] that it then does not read."""
+    def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:
+        """The norm whose channels [C] this call does not read, but takes from the norm's statistics."""
         live = facts.live.get(call.node)
         if self.refused(call) is not None or not isinstance(live, Tensor) or not self.is_private(call, facts):
             return None
@@ -295,24 +295,29 @@ class Contraction(OpRule):
         rows = self._rows_by_group(call, live).flatten(0, -2).any(0)
         read = _columns_read(rows.unsqueeze(0), self._reads(call, facts)).flatten()
         gone = gone.flatten(0, -2).any(0) & read
-        if not bool(gone.any()):
-            return None
-        columns = self._combine(call, gone, c.affine)
+        assert isinstance(c.affine.norm, fx.Node)
+        return (c.affine.norm, gone) if bool(gone.any()) else None
+
+    def statistics(self, call: Call, facts: FactTable, gone: Tensor) -> set[str]:
+        """Names of the statistics that take the place of the channels ``gone`` [C] here."""
+        affine = self.known(call, facts).affine
+        assert affine is not None
+        rows = self._rows_by_group(call, facts.liveness(call.node)).flatten(0, -2).any(0)
+        columns = self._combine(call, gone, affine, facts)
         needed = {
             name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())
         }
-        if not (c.affine.bordered or self.has_border(call)):
+        if not (affine.bordered or self.has_border(call)):
             needed.discard("one")
-        assert isinstance(c.affine.norm, fx.Node)
-        return c.affine.norm, needed, gone
+        return needed
 
-    def _combine(self, call: Call, gone: Tensor, affine: Affine) -> Tensor:
+    def _combine(self, call: Call, gone: Tensor, affine: Affine, facts: FactTable) -> Tensor:
         """Sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""
         w = self.w(call)
         assert isinstance(w, Param)
         at = gone.nonzero().flatten()
         part = self.matrix(call, w.tensor.detach())[0].index_select(1, at.to(w.tensor.device)).double().cpu()
-        return torch.einsum("rct,ec->ert", part, affine.coefficients[:, at])
+        return torch.einsum("rct,ec->ert", part, affine.coefficients(facts.shifts[affine.norm])[:, at])
 
     def _carrier(self, call: Call, facts: FactTable, border: Tensor) -> Tensor:
         """The one channel that carries the operand's constants; not chosen yet in the first phase."""
@@ -376,14 +381,16 @@ class Contraction(OpRule):
         self, call: Call, facts: FactTable, new: Tensor, gone: Tensor, rows: Tensor
     ) -> Tensor:
         """Write the statistics' columns into the new weight; returns what goes to the bias, [1, R]."""
-        affine = facts.constancy(self.x(call)).affine
+        affine = self.known(call, facts).affine
         assert affine is not None
-        columns = self._combine(call, gone, affine) * rows.view(1, -1, 1)
+        columns = self._combine(call, gone, affine, facts) * rows.view(1, -1, 1)
         m, to_bias = self.matrix(call, new), not (affine.bordered or self.has_border(call))
         for name, column in zip(EMITS, columns, strict=True):
             at = facts.emitted.get(affine.norm, {}).get(name)
             if at is not None:
-                m[0, :, at] = 0 if name == "one" and to_bias else column.to(new)
+                column = torch.zeros_like(column) if name == "one" and to_bias else column
+                before = 0.0 if bool(affine.mask[at]) else m[0, :, at].double().cpu()  # the norm emitted it already
+                m[0, :, at] = (before + column).to(new)
         return (
             columns[2].sum(-1).unsqueeze(0) if to_bias else torch.zeros(1, rows.numel(), dtype=torch.float64)
         )

@@ -113,15 +113,16 @@ class Elementwise(OpRule):
         return [v for v in operands if v is not constant]
 
     def constant_operand(self, call: Call, facts: FactTable) -> fx.Node | None:
-        """A computed operand that is constant altogether, where the others alone give the result its shape."""
+        """A computed operand that is constant where it is wanted, while the others alone give the result its shape."""
         operands = self.operands(call)
         if len(operands) < 2 or facts.constancy(call.node).is_known:
             return None
+        wanted = self.wanted(call, facts.liveness(call.node), facts)
         for value in operands:
             others = [call.shape(v) for v in operands if v is not value]
             if not isinstance(value, fx.Node) or value in call.program.independent:
                 continue  # stored already
-            if not facts.constancy(value).is_known:
+            if bool((facts.constancy(value).varies.cpu() & wanted).any()):
                 continue
             if tuple(torch.broadcast_shapes(*others)) == call.out_shape and call.output.dtype == _promoted(
                 call, operands, value
@@ -175,6 +176,17 @@ class Partial(Elementwise):
 
     def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
         return live | facts.kept_channels(call.node)
+
+
+class SignedZero(Elementwise):
+    """An elementwise op that tells -0 from 0, which no analysis does: a constant 0 is not known (theory: H6)."""
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        found = super().forward(call, facts)
+        zero = torch.zeros((1,) * len(call.out_shape), dtype=torch.bool)
+        for v in self.operands(call):
+            zero = zero | facts.constancy(v).is_constant(0).cpu()
+        return Constancy(found.varies | zero, torch.where(zero, 0.0, found.value))
 
 
 class Product(Elementwise):
@@ -239,8 +251,7 @@ class PReLU(Elementwise):
     def label(self, call: Call, labels: Labeller) -> Fields:
         x, w = self._operands(call)
         rank, shape = len(call.out_shape), self._lifted(call)
-        found = labels.of(w)
-        weight = {1: f.view(shape) for f in found.values()} if max(shape) > 1 else {}
+        weight = {1: labels.of(w)[0].view(shape)} if max(shape) > 1 else {}
         return labels.unify([(labels.of(x), call.shape(x)), (weight, shape)], rank, call.node.name)
 
     def _operands(self, call: Call) -> tuple[Value, Value]:
@@ -292,6 +303,13 @@ class Random(Elementwise):
         return bool(call.get("training", call.get("train", True))) and float(call.get("p", 0.5)) > 0
 
 
+class RandomShift(Random):
+    """Alpha dropout: what is dropped becomes another number than 0, so nothing stays (theory: Lemma E5)."""
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        return Constancy.top(len(call.out_shape)) if self.is_active(call) else super().forward(call, facts)
+
+
 class RandomSlope(Random):
     """rrelu: in training the slope of negative values is drawn, else it is the mean of its bounds."""
 
@@ -322,7 +340,7 @@ def _promoted(call: Call, operands: list[Value], _: Value) -> torch.dtype:
     found = _dtype(call, operands[0])
     for v in operands[1:]:
         found = torch.promote_types(found, _dtype(call, v))
-    return found if not call.output.dtype == torch.bool else torch.bool
+    return found if call.output.dtype != torch.bool else torch.bool
 
 
 def _other(call: Call, operands: list[Value], operand: fx.Node) -> fx.Node | None:
@@ -417,18 +435,14 @@ TOTAL = [
     "isposinf",
     "isneginf",
     "nan_to_num",
-    "atan2",
-    "arctan2",
     "hypot",
     "logaddexp",
     "logaddexp2",
-    "copysign",
     "heaviside",
     "lerp",
     "addcmul",
     "masked_fill",
     "rsub",
-    "signbit",
     "__and__",
     "__or__",
     "__xor__",
@@ -570,17 +584,13 @@ def _register() -> None:
     op_rule(*(t for n in ("sub", "subtract") for t in spellings(n)), operator.sub, subtracts=True)(Sum)
     fills = ("zeros_like", "ones_like", "full_like")
     op_rule(*(t for n in fills for t in spellings(n)))(Fill)
-    noisy = (
-        "dropout",
-        "alpha_dropout",
-        "feature_dropout",
-        "feature_alpha_dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-    )
-    modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    noisy = ("dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d")
+    modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
     op_rule(*(t for n in noisy for t in spellings(n)), *modules, signature=("input", "p", "training"))(Random)
+    shifting = [t for n in ("alpha_dropout", "feature_alpha_dropout") for t in spellings(n)]
+    shifting += [nn.AlphaDropout, nn.FeatureAlphaDropout]
+    op_rule(*shifting, signature=("input", "p", "training"))(RandomShift)
+    op_rule(*(t for n in ("signbit", "copysign", "atan2", "arctan2") for t in spellings(n)))(SignedZero)
     for name in TOTAL:
         op_rule(*spellings(name))(Elementwise)
     for name in PARTIAL:

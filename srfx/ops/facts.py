@@ -39,8 +39,6 @@ class Labeller:
     required: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     static: set[fx.Node] = field(default_factory=set)
-    awaiting: list[Tensor] = field(default_factory=list)
-    """Labels whose places statistics of a norm may take."""
 
     def is_dynamic(self, raw: Any) -> bool:
         """Whether an integer argument is computed at run time from sizes that may differ from call to call."""
@@ -112,11 +110,18 @@ class Labeller:
             outer = [d for d in range(labels.dim()) if d != axis and labels.shape[d] > 1]
             if not outer:
                 continue
-            guards = [fields[d] for d in outer if d in fields]
+            guards = [self._agreed(fields[d], axis) for d in outer if d in fields]
             joint = list(torch.broadcast_shapes(*(g.shape for g in guards), _without(labels.shape, axis)))
             wide = labels.expand([labels.shape[axis] if d == axis else joint[d] for d in range(labels.dim())])
             rows = wide.movedim(axis, -1).reshape(-1, labels.shape[axis])
             self.table.block(rows, [g.expand(joint).reshape(-1) for g in guards], site)
+
+    def _agreed(self, labels: Tensor, axis: int) -> Tensor:
+        """Labels that have to agree along an axis: of two axes only one may differ along the other."""
+        first = labels.narrow(axis, 0, 1)
+        if labels.shape[axis] > 1:
+            self.table.tie(labels, first)
+        return first
 
     def declare(self, slot: str, fields: Fields) -> None:
         """Labels of a tensor attribute that may not exist yet (a bias that folding may create)."""
@@ -136,8 +141,8 @@ class FactTable:
 
     carriers: value -> the channel that carries all nonzero constants of this value into zero-padded readers.
     emitted: norm node -> position at which each emitted statistic travels; {} when the norm emits nothing.
+    shifts: norm node -> c of the statistic (mu - c) r.
     closed: norm nodes that lose no channel for want of places for their statistics.
-    awaiting: [labels] by representative; places that statistics of a norm may take once the first round has settled.
     ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
     """
 
@@ -152,8 +157,8 @@ class FactTable:
     settled_once: bool = False
     _layouts: dict[Value, Shape] = field(default_factory=dict)
     emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
+    shifts: dict[Hashable, float] = field(default_factory=dict)
     closed: set[Hashable] = field(default_factory=set)
-    awaiting: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
     demanded: Tensor | None = None
@@ -250,12 +255,13 @@ def layout_of(fields: Fields, rank: int) -> Shape:
 
 def collapse(mask: Tensor, shape: Shape) -> Tensor:
     """OR a bool tensor down to a layout: leading axes and axes of size 1 there are reduced."""
-    while mask.dim() > len(shape):
-        mask = mask.any(0)
-    for axis, extent in enumerate(shape):
-        if extent == 1 and mask.shape[axis] > 1:
-            mask = mask.any(axis, keepdim=True)
-    return mask
+    lead = mask.dim() - len(shape)
+    axes = [a + lead for a, n in enumerate(shape) if n == 1 and mask.shape[a + lead] > 1]
+    if lead:
+        mask = mask.to(torch.uint8).amax(list(range(lead)), keepdim=True).to(torch.bool)
+    if axes:  # bytes: `any` of bool is slow on CPU
+        mask = mask.to(torch.uint8).amax(axes, keepdim=True).to(torch.bool)
+    return mask.reshape(mask.shape[lead:])
 
 
 def _along(axis: int, rank: int) -> list[int]:

@@ -44,7 +44,7 @@ class LayerNorm(OpRule):
     """y = (x - mean) / sqrt(var + eps) * gamma + beta over the last axes."""
 
     signature: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
-    emits_mean = True
+    centred = True
 
     # -------------------------------------------------------------- the call
     def x(self, call: Call) -> Value:
@@ -106,7 +106,6 @@ class LayerNorm(OpRule):
         if self.is_open(call, labels, kept, axis):
             own = labels.table.fresh(kept.numel()).view(kept.shape)
             labels.table.imply(kept, own)
-            labels.awaiting.append(own.flatten())
         else:
             own = kept
         if not n_emitted:
@@ -144,6 +143,9 @@ class LayerNorm(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         c = facts.constancy(self.x(call))
         gamma, beta = self._vector(call, facts, "weight", 1.0), self._vector(call, facts, "bias", 0.0)
+        settled = self._of_constants(call, c, gamma, beta)
+        if settled is not None:
+            return settled
         axis, is_open = self._own(call, facts)
         still = (gamma == 0).view((1,) * (len(call.out_shape) - gamma.dim()) + tuple(gamma.shape))
         value = torch.where(still, beta, 0.0)
@@ -156,29 +158,46 @@ class LayerNorm(OpRule):
         affine = self._affine(call, c, gamma, beta, axis) if is_open and axis is not None else None
         return Constancy(~still, value, affine)
 
+    def _of_constants(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Constancy | None:
+        """The result when nothing that is normalised varies; None when something does, or statistics are emitted."""
+        if not c.is_known or self.emits(call) or not gamma.isfinite().all() or not beta.isfinite().all():
+            return None
+        shape, axes = call.shape(self.x(call)), self.axes(call)
+        value = c.value.double().cpu()
+        value = value.expand([shape[a] if a in axes else n for a, n in enumerate(value.shape)])
+        y = self._normalised(call, value, axes) * gamma + beta
+        return Constancy.known(y) if bool(y.isfinite().all()) else None
+
+    def _normalised(self, call: Call, value: Tensor, axes: list[int]) -> Tensor:
+        """Return (x - mu) r over these axes and the constants removed before."""
+        gone = self._before(call)
+        total = torch.Size(value.shape[a] for a in axes).numel() + gone.n_values
+        mean = (value.sum(axes, keepdim=True) + gone.sum) / total
+        square = ((value - mean) ** 2).sum(axes, keepdim=True) + gone.m2 + gone.n_values * (gone.mean - mean) ** 2
+        return (value - mean) / (square / total + call.get("eps", 1e-5)).sqrt()
+
     def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor, axis: int) -> Affine:
         width, n_extra = call.shape(self.x(call))[axis], len(self.emits(call))
         flat = [width if d == axis else 1 for d in range(c.varies.dim())]
         varies, value = c.varies.cpu().expand(flat).flatten(), c.value.double().cpu().expand(flat).flatten()
         gamma, beta = gamma.expand(width), beta.expand(width)
-        mask = ~varies & (gamma != 0)
-        coefficients = self._coefficients(value, gamma, beta, self.shift(call, value[mask]))
-        pad = torch.zeros(3, n_extra, dtype=torch.float64)
-        return Affine(
-            call.node,
-            axis,
-            torch.cat([mask, torch.zeros(n_extra, dtype=torch.bool)]),
-            torch.cat([coefficients, pad], 1),
-        )
+        mask = ~varies & (gamma != 0) & (self.centred | (value != 0))
+        wide = [F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta)]
+        return Affine(call.node, axis, *wide, self.centred)
 
     def shift(self, call: Call, constants: Tensor) -> float:
-        """C of the emitted (mu - c) r: near the constants, so that the product stays small."""
-        if self.emits(call):
-            return float(call.get("emit_shift", 0.0))
-        return float(constants.mean()) if constants.numel() else 0.0
+        """Choose c of the emitted (mu - c) r: near the constants that readers take from it; their value, if it is one.
 
-    def _coefficients(self, value: Tensor, gamma: Tensor, beta: Tensor, shift: float) -> Tensor:
-        return torch.stack([gamma * (value - shift), -gamma, beta])
+        Then the coefficients of r are small, or all 0.
+        """
+        if not self.centred:
+            return 0.0
+        if "mu_r" in self.emits(call):
+            return float(call.get("emit_shift", 0.0))
+        if not constants.numel():
+            return 0.0
+        first = constants[0]
+        return float(first if bool((constants == first).all()) else constants.mean())
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
@@ -222,6 +241,12 @@ class LayerNorm(OpRule):
         places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
         kept[places] = False
         return facts.fields(x)[axis].flatten()[kept]
+
+    def choose_shift(self, call: Call, facts: FactTable, gone: Tensor) -> None:
+        """Choose the c of (mu - c) r for the channels [C] that readers take from the statistics."""
+        affine = facts.constancy(call.node).affine
+        assert affine is not None
+        facts.shifts[call.node] = self.shift(call, affine.value[gone])
 
     def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor) -> bool:
         """Choose where the statistics in ``names`` travel; True when the choice is new."""
@@ -298,7 +323,7 @@ class LayerNorm(OpRule):
     ) -> Iterable[GraphEdit]:
         """Replace the call by its compensated form of the kept width."""
         removed = self._before(call).merge(RemovedConstants.from_values(gone, repeat=repeat))
-        shift = self._shift_of(call, facts)
+        shift = facts.shifts.get(call.node, float(call.get("emit_shift", 0.0)))
         eps = call.get("eps", 1e-5)
         if call.module is not None:
             weight, bias = call.get("weight"), call.get("bias")
@@ -331,15 +356,6 @@ class LayerNorm(OpRule):
             "emit_shift": shift,
         }
         return [Recall(call.node.name, functional.compensated_layer_norm, args, kwargs)]
-
-    def _shift_of(self, call: Call, facts: FactTable) -> float:
-        axis, is_open = self._own(call, facts)
-        affine = facts.constancy(call.node).affine
-        if affine is None or axis is None:
-            return float(call.get("emit_shift", 0.0))
-        c = facts.constancy(self.x(call))
-        value = c.value.double().cpu().flatten().expand(call.shape(self.x(call))[axis])
-        return self.shift(call, value[affine.mask[: value.numel()]])
 
     def _before(self, call: Call) -> RemovedConstants:
         if isinstance(call.module, CompensatedLayerNorm):
@@ -378,7 +394,7 @@ def linear_readers(node: fx.Node, axis: int, program: Program) -> bool:
                 or any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
             ):
                 return False
-        elif isinstance(rule, Movement) and rule.source(call) is node:
+        elif isinstance(rule, Movement) and rule.is_followed(call) and rule.source(call) is node:
             there = follow(rule.steps(call), axis)
             if there is None or not linear_readers(user, there, program):
                 return False
@@ -395,9 +411,12 @@ class RMSNorm(LayerNorm):
 
     signature: tuple[str, ...] = ("input", "normalized_shape", "weight", "eps")
 
-    def _coefficients(self, value: Tensor, gamma: Tensor, beta: Tensor, shift: float) -> Tensor:
-        zero = torch.zeros_like(value)
-        return torch.stack([gamma * value, zero, zero])
+    centred = False
+
+    def _normalised(self, call: Call, value: Tensor, axes: list[int]) -> Tensor:
+        total = self._total(call) or torch.Size(value.shape[a] for a in axes).numel()
+        square = ((value**2).sum(axes, keepdim=True) + self._squares(call)) / total
+        return value / (square + resolved_rms_eps(call.get("eps"), call.output.dtype)).sqrt()
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         found, c = super().forward(call, facts), facts.constancy(self.x(call))
@@ -405,11 +424,7 @@ class RMSNorm(LayerNorm):
         width = found.varies.shape[-1]
         if zero.shape[-1] not in (1, width) and width > 1:
             zero = F.pad(zero, (0, width - zero.shape[-1]))
-        affine = found.affine
-        if affine is not None:
-            keep = affine.coefficients[0] != 0
-            affine = Affine(affine.norm, affine.axis, affine.mask & keep, affine.coefficients)
-        return Constancy(found.varies & ~zero, torch.where(zero, 0.0, found.value), affine)
+        return Constancy(found.varies & ~zero, torch.where(zero, 0.0, found.value), found.affine)
 
     def rewrite(
         self,
@@ -531,7 +546,27 @@ class GroupNorm(OpRule):
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         gamma, beta = self._gamma(call, facts, "weight", 1.0), self._gamma(call, facts, "bias", 0.0)
-        return Constancy(gamma != 0, torch.where(gamma == 0, beta, 0.0))
+        c, groups = facts.constancy(self.x(call)).settle([1]), self.groups(call)
+        varies = c.varies.cpu().flatten().expand(groups.numel())
+        moving = torch.zeros(int(groups.max()) + 1).index_add(0, groups, varies.float()) > 0
+        value = self._normalised(call, c.value.double().cpu().flatten().expand(groups.numel())).view(
+            [-1 if a == 1 else 1 for a in range(gamma.dim())]
+        )
+        still = ~moving[groups].view(value.shape) & value.isfinite()
+        result = torch.where(still, value, 0.0) * gamma + beta
+        is_constant = still | (gamma == 0)
+        return Constancy(~is_constant, torch.where(is_constant, result, 0.0))
+
+    def _normalised(self, call: Call, value: Tensor) -> Tensor:
+        """Return (x - mu) r as if every channel were constant, [C]; right in groups where all are."""
+        groups, found = self.groups(call), torch.zeros_like(value)
+        for g, gone in enumerate(self._before(call)):
+            part = value[groups == g]
+            total = part.numel() + gone.n_values
+            mean = (part.sum() + gone.sum) / total
+            square = ((part - mean) ** 2).sum() + gone.m2 + gone.n_values * (gone.mean - mean) ** 2
+            found[groups == g] = (part - mean) / (square / total + call.get("eps", 1e-5)).sqrt()
+        return found
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
