@@ -181,14 +181,10 @@ def fold_integers(graph: fx.Graph) -> None:
         if node.args and all(isinstance(a, int) for a in node.args):
             value = node.target(*node.args)
             replace_by_value(node, value)
-        elif (
-            node.target is operator.getitem
-            and isinstance(node.args[0], (tuple, list))
-            and isinstance(node.args[1], (int, slice))
-        ):
-            if not isinstance(node.args[1], slice) or all(
-                not isinstance(b, fx.Node) for b in (node.args[1].start, node.args[1].stop)
-            ):
+        elif node.target is operator.getitem and isinstance(node.args[0], (tuple, list)):
+            found: list[fx.Node] = []
+            fx.node.map_arg(node.args[1], found.append)
+            if not found:
                 replace_by_value(node, node.args[0][node.args[1]])
 
 

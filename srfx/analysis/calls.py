@@ -28,6 +28,7 @@ class Site:
 
     @property
     def is_unknown(self) -> bool:
+        """Whether this call is a barrier that is taken to have effects."""
         return isinstance(self.rule, Unknown)
 
 
@@ -40,6 +41,8 @@ def sites(program: Program) -> list[Site]:
             continue
         rule, call = resolve(node, program)
         barrier = Reason.MUTATION if node in barred else _barrier(node, call, program)
+        if barrier is None and rule.is_unrecognised(call):
+            barrier = Reason.UNRECOGNISED_CALL
         if barrier is not None:
             rule = Unknown(barrier)
         found.append(Site(node, rule, call))

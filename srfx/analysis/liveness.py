@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from srfx.analysis.calls import Site
 from srfx.ir.program import Param, Value
-from srfx.ops.facts import Demand, FactTable, collapse, layout_of
+from srfx.ops.facts import Demand, FactTable, collapse
 from srfx.ops.rule import Effect
 
 
@@ -92,10 +92,8 @@ def live_labels(facts: FactTable) -> Tensor:
 
 
 def _mark(marked: Tensor, fields: dict[int, Tensor], live: Tensor) -> None:
-    shape = torch.broadcast_shapes(layout_of(fields, live.dim()), live.shape)
-    live = live.expand(shape)
     for labels in fields.values():
-        marked[labels.expand(shape)[live]] = True
+        marked[labels[collapse(live, tuple(labels.shape)).expand(labels.shape)]] = True
 
 
 def executed(facts: FactTable, sites: list[Site]) -> list[Value]:

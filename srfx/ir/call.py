@@ -78,6 +78,7 @@ class Call:
             return None
 
     def as_value(self, raw: Any) -> Value | None:
+        """A raw argument as a Value, or None when it is no tensor."""
         if isinstance(raw, fx.Node):
             return self.program.value(raw) if self.program.is_tensor(raw) else None
         return self.program.param(raw) if isinstance(raw, Tensor) else None
@@ -94,6 +95,7 @@ class Call:
         return list(found)
 
     def shape(self, value: Value) -> tuple[int, ...]:
+        """Concrete hint shape of an operand."""
         return self.program.shape(value)
 
     @property
@@ -103,6 +105,7 @@ class Call:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
+        """Concrete hint shape of a tensor result."""
         return tuple(int(s) for s in self.output.shape)
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Why a channel or a site stayed as it was.  Every member has a test that produces it."""
 
     UNKNOWN_OP = "no rule for this op"

@@ -23,6 +23,7 @@ class Param:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Sizes of the stored tensor."""
         return tuple(self.tensor.shape)
 
     def __repr__(self) -> str:
@@ -55,6 +56,7 @@ class Program:
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
+        """All nodes in graph order."""
         return iter(self.gm.graph.nodes)
 
     def param(self, tensor: Tensor) -> Param:
@@ -93,6 +95,7 @@ class Program:
         return self._finite[param]
 
     def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node yields one tensor."""
         return isinstance(self.hints.get(node), Tensor)
 
     def _independent(self) -> set[fx.Node]:

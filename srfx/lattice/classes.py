@@ -48,6 +48,7 @@ class Classes:
 
     @classmethod
     def of(cls, table: LabelTable, multiple_of: int = 1) -> Classes:
+        """Resolve the ties of a table; block counts are rounded up to ``multiple_of`` where there are enough lanes."""
         rep = connected_components(table.size, table.ties)
         by_arity: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for guards, _, target in table.implications:

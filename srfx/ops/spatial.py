@@ -36,10 +36,14 @@ class PerChannel(OpRule):
         assert value is not None
         return value
 
+    def first_spatial(self, call: Call) -> int:
+        """The first of the axes that are mixed."""
+        rank = len(call.shape(self.source(call)))
+        return rank - self.n_spatial if self.n_spatial else 2
+
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         source = self.source(call)
-        rank = len(call.shape(source))
-        first = rank - self.n_spatial if self.n_spatial else 2
+        rank, first = len(call.shape(source)), self.first_spatial(call)
         spatial = [a for a in labels.of(source) if a >= first]
         labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, spatial)
         fields = {a: f for a, f in labels.of(source).items() if a < first}
@@ -51,9 +55,7 @@ class PerChannel(OpRule):
         return tuple(fields for _ in call.output) if isinstance(call.output, (tuple, list)) else fields
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        source = self.source(call)
-        rank = len(call.shape(source))
-        first = rank - self.n_spatial if self.n_spatial else 2
+        source, first = self.source(call), self.first_spatial(call)
         c = facts.constancy(source).settle(range(first))
         kept = c if self.keeps(call) else Constancy(c.varies | (c.value != 0), torch.zeros_like(c.value))
         if isinstance(call.output, (tuple, list)):
@@ -134,10 +136,8 @@ class InstanceNorm(PerChannel):
             value = call.value(name)
             if value is not None:
                 axis = self.channel_axis(call)
-                found = {
-                    axis: f.view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
-                    for f in labels.of(value).values()
-                }
+                column = labels.of(value)[0].view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
+                found = {axis: column}
                 operands.append((found, tuple(n if a == axis else 1 for a, n in enumerate(self._lead(call)))))
         return labels.unify(operands, len(self._lead(call)), call.node.name)
 
@@ -145,7 +145,12 @@ class InstanceNorm(PerChannel):
         return call.shape(self.source(call))
 
     def channel_axis(self, call: Call) -> int:
-        return 1
+        """Axis 1; axis 0 where a module is given one picture without a batch axis."""
+        unbatched = getattr(call.module, "_get_no_batch_dim", None)
+        return 0 if unbatched is not None and unbatched() == len(self._lead(call)) else 1
+
+    def first_spatial(self, call: Call) -> int:
+        return self.channel_axis(call) + 1
 
     def uses_batch(self, call: Call) -> bool:
         """Whether the statistics come from the input."""
@@ -166,6 +171,7 @@ class InstanceNorm(PerChannel):
         gamma, beta = self.vector(call, facts, "weight"), self.vector(call, facts, "bias")
         if not self.uses_batch(call):
             return self._affine(call, c, facts)
+        c = c.settle(range(self.first_spatial(call)))
         shift = beta if beta is not None else torch.zeros_like(c.value)
         still = ~c.varies if gamma is None else ~c.varies | (gamma == 0)
         return Constancy(~still, shift.expand(torch.broadcast_shapes(shift.shape, still.shape)))
@@ -242,11 +248,8 @@ class BatchNorm(InstanceNorm):
         for name in self.vectors:
             value = call.value(name)
             if value is not None:
-                found = {
-                    1: f.view([-1 if a == 1 else 1 for a in range(len(shape))])
-                    for f in labels.of(value).values()
-                }
-                operands.append((found, shape))
+                column = labels.of(value)[0].view([-1 if a == 1 else 1 for a in range(len(shape))])
+                operands.append(({1: column}, shape))
         return labels.unify(operands, len(shape), call.node.name)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
@@ -263,28 +266,29 @@ class BatchNorm(InstanceNorm):
         return super().backward(call, first, facts)
 
 
-_pools = [getattr(nn, f"{kind}Pool{d}d") for kind in ("Max", "AdaptiveAvg", "AdaptiveMax") for d in (1, 2, 3)]
-_pools += [
-    getattr(F, f"{kind}_pool{d}d") for kind in ("max", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
-]
-_pools += [
-    getattr(torch, f"{kind}_pool{d}d")
-    for kind, d in (("max", 1), ("max", 2), ("max", 3), ("adaptive_avg", 1))
-]
-_pools += [getattr(aten, n).default for n in (
-    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices")]  # fmt: skip
+def _spellings(homes: Iterable[tuple[Any, str]]) -> list[Any]:
+    """The targets of these names, those that this version of torch has; overload packets by their default."""
+    found = [getattr(home, name, None) for home, name in homes]
+    plain = [getattr(t, "default", t) if isinstance(t, torch._ops.OpOverloadPacket) else t for t in found]
+    return list(dict.fromkeys(t for t in plain if t is not None))
+
+
+def _register_pools(d: int) -> None:
+    """Pools and edges of ``d`` spatial axes: the last ones, whether there is a batch axis or not."""
+    pools = [f"{kind}_pool{d}d" for kind in ("max", "adaptive_avg", "adaptive_max")]
+    more = [f"_adaptive_avg_pool{d}d", f"max_pool{d}d_with_indices"]
+    homes = [(nn, f"{kind}Pool{d}d") for kind in ("Max", "AdaptiveAvg", "AdaptiveMax")]
+    homes += [(F, n) for n in pools] + [(torch, n) for n in pools] + [(aten, n) for n in (*pools, *more)]
+    op_rule(*_spellings(homes), n_spatial=d)(PerChannel)
+    homes = [(nn, f"AvgPool{d}d"), (F, f"avg_pool{d}d"), (aten, f"avg_pool{d}d")]
+    op_rule(*_spellings(homes), n_spatial=d)(AveragePool)
+    op_rule(*_spellings([(nn, f"LPPool{d}d"), (F, f"lp_pool{d}d")]), n_spatial=d)(PowerPool)
+    op_rule(*_spellings((nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication", "Circular")), n_spatial=d)(PerChannel)
 
 
 def _register() -> None:
-    op_rule(*dict.fromkeys(_pools))(PerChannel)
-    averages = [getattr(nn, f"AvgPool{d}d") for d in (1, 2, 3)] + [
-        getattr(F, f"avg_pool{d}d") for d in (1, 2, 3)
-    ]
-    averages += [aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default]
-    op_rule(*dict.fromkeys(averages))(AveragePool)
-    op_rule(nn.LPPool1d, nn.LPPool2d, F.lp_pool1d, F.lp_pool2d)(PowerPool)
+    for d in (1, 2, 3):
+        _register_pools(d)
     upsamples = [
         getattr(getattr(aten, f"upsample_{m}"), o)
         for m in (
@@ -304,8 +308,6 @@ def _register() -> None:
     op_rule(
         nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate, F.upsample, *upsamples
     )(Interpolate)
-    edges = [getattr(nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication") for d in (1, 2, 3)]
-    op_rule(*edges, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)(PerChannel)
 
 
 _register()
