@@ -41,6 +41,8 @@ QUIET = ("BLOCK_COUNT", "MULTIPLE_OF", "LAST_CHANNEL")
 
 def double_throughout(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace every float32 in the arguments, and every float32 tensor, by float64; in place."""
+    for node in [n for n in gm.graph.nodes if _is_made_float(n)]:
+        node.kwargs = {**node.kwargs, "dtype": torch.float64}
     for node in gm.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(_wide, (node.args, node.kwargs))
         node.meta.pop("val", None)
@@ -52,6 +54,15 @@ def double_throughout(gm: fx.GraphModule) -> fx.GraphModule:
     gm.double()
     gm.recompile()
     return gm
+
+
+def _is_made_float(node: fx.Node) -> bool:
+    """Whether a call makes a float tensor from nothing in the default dtype."""
+    made, schema = node.meta.get("val"), getattr(node.target, "_schema", None)
+    if not isinstance(made, Tensor) or not made.is_floating_point() or schema is None:
+        return False
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return not tensors and any(a.name == "dtype" for a in schema.arguments) and node.kwargs.get("dtype") is None
 
 
 def _wide(raw: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from srfx.analysis.calls import Site
 from srfx.ir.plan import Reason
 from srfx.ir.program import Program
@@ -19,7 +22,7 @@ def label(program: Program, sites: list[Site]) -> Labeller:
             if node.op == "placeholder":
                 labels.fields[node] = {}
             continue
-        if site.is_unknown:
+        if site.is_unknown and (site.rule.barrier is not Reason.UNKNOWN_OP or _moves_floats(site, program)):
             labels.refuse(node, site.rule.barrier, _target_name(site))
         fields = site.rule.label(site.call, labels)
         labels.fields[node] = fields
@@ -31,6 +34,13 @@ def label(program: Program, sites: list[Site]) -> Labeller:
             labels.settle(found, param.names[0] if param.names else "?")
     _outputs(program, labels)
     return labels
+
+
+def _moves_floats(site: Site, program: Program) -> bool:
+    """Whether a call has to do with float tensors at all; positions and masks carry no channels."""
+    hints = [program.hints.get(n) for n in (site.node, *site.node.all_input_nodes)]
+    tensors = [t for t in pytree.tree_leaves(hints) if isinstance(t, Tensor)]
+    return site.call.module is not None or not tensors or any(t.is_floating_point() or t.is_complex() for t in tensors)
 
 
 def _target_name(site: Site) -> str:

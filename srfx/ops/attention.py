@@ -136,8 +136,8 @@ def _narrowed(fields: Fields, axes: list[int], labels: Labeller) -> Fields:
 
 
 @op_rule((torch.mm, "input other"), ("mm", "input other"), (torch.matmul, "input other"), ("matmul", "input other"),
-         (operator.matmul, "input other"), aten.mm.default, aten.matmul.default, (torch.bmm, "input other"),
-         ("bmm", "input other"), aten.bmm.default)  # fmt: skip
+         (operator.matmul, "input other"), (aten.mm.default, "input other"), aten.matmul.default,
+         (torch.bmm, "input other"), ("bmm", "input other"), (aten.bmm.default, "input other"))  # fmt: skip
 class Matmul(Product):
     """matmul, mm, bmm: with a parameter of two axes on the right it is a linear layer, else a product of values."""
 
@@ -161,6 +161,48 @@ class Matmul(Product):
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return self.rule(call).compact(call, facts)
+
+
+@op_rule((aten.baddbmm.default, "input batch1 batch2 beta alpha"), (torch.baddbmm, "input batch1 batch2 beta alpha"),
+         ("baddbmm", "input batch1 batch2 beta alpha"))  # fmt: skip
+class ProductAndSum(Product):
+    """baddbmm: y = beta x + alpha a b."""
+
+    def operands(self, call: Call) -> tuple[Value, Value]:
+        a, b = call.value("batch1"), call.value("batch2")
+        assert a is not None and b is not None
+        return a, b
+
+    def _summand(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        product, x = super().label(call, labels), self._summand(call)
+        assert isinstance(product, dict)
+        operands = [(product, call.out_shape), (labels.of(x), call.shape(x))]
+        return labels.unify(operands, len(call.out_shape), call.node.name)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        product, x = super().forward(call, facts), facts.constancy(self._summand(call))
+        assert isinstance(product, Constancy)
+        alpha, beta = call.get("alpha", 1), call.get("beta", 1)
+        x = Constancy(_lifted(x.varies.cpu(), product), _lifted(x.value.double().cpu(), product))
+        if beta == 0:  # then x is ignored, even inf and nan
+            return Constancy(product.varies, alpha * product.value)
+        return Constancy(product.varies | x.varies, alpha * product.value + beta * x.value)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        demand, x = super().backward(call, live, facts), self._summand(call)
+        if isinstance(live, Tensor) and call.get("beta", 1) != 0:
+            found = collapse(live, facts.layout(x))
+            demand[x] = demand[x] | found if x in demand else found
+        return demand
+
+
+def _lifted(t: Tensor, like: Constancy) -> Tensor:
+    return t.reshape((1,) * (like.varies.dim() - t.dim()) + tuple(t.shape))
 
 
 def _over_tokens(facts: FactTable, value: Value) -> Constancy:

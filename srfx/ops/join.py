@@ -17,6 +17,7 @@ from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Permute, Regroup, Shape, Step, Take, pull_back, walk
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.lookup import Lookup
 from srfx.ops.movement import AlongAxis, Movement, _axis
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
@@ -149,7 +150,9 @@ class Stack(OpRule):
         for a in {a: None for f in parts for a in f}:
             held = [f[a] for f in parts if a in f]
             if len(held) == len(parts):
-                joined[a] = _cat(held, axis)
+                found = _cat(held, axis)
+                same = bool((found == found.narrow(axis, 0, 1)).all())
+                joined[a] = found.narrow(axis, 0, 1) if same else found
             else:
                 for found in held:
                     labels.table.pin(found, call.node.name, Reason.UNTRACKED_AXIS.name)
@@ -346,7 +349,7 @@ class GetItem(AlongAxis):
             return {}
         parsed = self._parse(call)
         if parsed is None:
-            return OpRule.label(self, call, labels)
+            return self._unparsed(call).label(call, labels)
         source = self.source(call)
         fields = dict(labels.of(source))
         for axis in parsed.dynamic(labels):
@@ -386,7 +389,7 @@ class GetItem(AlongAxis):
         if not isinstance(call.output, Tensor):  # a size, or some of them
             return Constancy.top(0)
         if self._parse(call) is None:
-            return OpRule.forward(self, call, facts)
+            return self._unparsed(call).forward(call, facts)
         return super().forward(call, facts)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
@@ -399,8 +402,10 @@ class GetItem(AlongAxis):
             if not isinstance(index, int) or not isinstance(live, Tensor):
                 return {}
             return {(node, index % len(call.program.hints[node])): live}
-        if not isinstance(call.output, Tensor) or self._parse(call) is None:
+        if not isinstance(call.output, Tensor):
             return OpRule.backward(self, call, live, facts)
+        if self._parse(call) is None:
+            return self._unparsed(call).backward(call, live, facts)
         return super().backward(call, live, facts)
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
@@ -414,6 +419,12 @@ class GetItem(AlongAxis):
         parsed = self._parse(call)
         assert parsed is not None
         return parsed.steps
+
+    lookup, opaque = Lookup(), OpRule()
+
+    def _unparsed(self, call: Call) -> OpRule:
+        """What speaks for a call that is no fixed selection."""
+        return self.lookup if self.lookup.site(call) is not None else self.opaque
 
     def _parse(self, call: Call) -> Indexing | None:
         return Indexing.parse(call, call.shape(self.source(call)))

@@ -15,6 +15,7 @@ from srfx.ir.edits import Expr, FreezeSize, GraphEdit, Ref, Scaled, SizeOf
 from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
+from srfx.ops.elementwise import _dtype
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.movement import Copy, MatrixTranspose, _axis
 from srfx.ops.registry import op_rule
@@ -168,7 +169,8 @@ class Creation(OpRule):
         }
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
-        value = call.run({v: torch.zeros(call.shape(v)) for v in call.values()}) if self.is_uniform else None
+        likes = {v: torch.zeros(call.shape(v), dtype=_dtype(call, v)) for v in call.values()}
+        value = call.run(likes) if self.is_uniform else None
         if value is None or value.is_complex() or not value.numel():
             return Constancy.top(len(call.out_shape))
         first = value.flatten()[:1].double().view((1,) * value.dim())

@@ -62,14 +62,14 @@ def positions(facts: FactTable, fields: Fields, axis: int, source: Tensor, taken
         taken: kept flags of the result along the axis, a layout tensor.
     """
     kept = facts.is_kept(fields[axis]).movedim(axis, -1)
-    kept = kept.reshape(-1, kept.shape[-1])
+    kept = kept.flatten(0, -2) if kept.dim() > 1 else kept.unsqueeze(0)
     if kept.shape[0] == 1:
         order = facts.index(fields, axis)
         ranked = torch.zeros(kept.shape[1], dtype=torch.long).index_copy(
             0, order, torch.arange(order.numel())
         )
     chosen = taken.movedim(axis, -1)
-    chosen = chosen.reshape(-1, chosen.shape[-1])
+    chosen = chosen.flatten(0, -2) if chosen.dim() > 1 else chosen.unsqueeze(0)
     row = int(kept.any(1).nonzero()[0]) if bool(kept.any()) else 0
     rank = ranked if kept.shape[0] == 1 else kept[row].cumsum(0) - 1
     wanted = source[chosen[min(row, chosen.shape[0] - 1)]]
@@ -78,7 +78,7 @@ def positions(facts: FactTable, fields: Fields, axis: int, source: Tensor, taken
 
 def is_range(index: Tensor) -> bool:
     """Whether positions are consecutive and ascending."""
-    return bool((index.diff() == 1).all())
+    return index.numel() < 2 or bool((index.diff() == 1).all())
 
 
 def index_instead(call: Call, operand: Any, axis: int, index: Tensor) -> IndexInstead:

@@ -1,0 +1,154 @@
+"""Lookup by computed positions: gather, and indexing by one tensor of positions (theory: Lemma T1).
+
+The axis that is looked up keeps all its positions, since any of them may be asked for; channels of the other axes
+pass, and a channel that is one constant at every position is that constant wherever it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from srfx.ir.call import Call
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.movement import _axis
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+
+aten = torch.ops.aten
+_POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@op_rule(torch.gather, "gather", aten.gather.default, torch.take_along_dim, "take_along_dim",
+         (aten.take_along_dim.default, "input index dim"))  # fmt: skip
+class Gather(OpRule):
+    """y[.., i, ..] = x[.., index[.., i, ..], ..] along one axis; positions elsewhere are those of the index."""
+
+    signature: tuple[str, ...] = ("input", "dim", "index")
+
+    def _operands(self, call: Call) -> tuple[Value, Value] | None:
+        """Source and index, None when the call is not followed."""
+        source = call.value("input")
+        index = call.value("index") if call.value("index") is not None else call.value("indices")
+        if source is None or index is None or not isinstance(call.get("dim"), int):
+            return None
+        axis, x, y = self._along(call), call.shape(source), call.out_shape
+        whole = all(n == m for a, (n, m) in enumerate(zip(x, y, strict=True)) if a != axis)
+        return (source, index) if whole and call.shape(index) == y else None
+
+    def _along(self, call: Call) -> int:
+        return _axis(call.get("dim"), len(call.out_shape))
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        found = self._operands(call) if call.out_shape else None
+        if found is None:
+            labels.refuse(call.node, Reason.UNRECOGNISED_CALL)
+            return super().label(call, labels)
+        (source, index), axis = found, self._along(call)
+        labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
+        fields = _without(labels.of(source), axis, labels)
+        shape = tuple(1 if a == axis else n for a, n in enumerate(call.out_shape))
+        return labels.unify(
+            [(fields, shape), (labels.of(index), call.out_shape)], len(shape), call.node.name
+        )
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        found = self._operands(call) if call.out_shape else None
+        if found is None:
+            return super().forward(call, facts)
+        c = facts.constancy(found[0]).settle(set(range(len(call.out_shape))) - {self._along(call)})
+        return Constancy(c.varies, c.value)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        found = self._operands(call) if call.out_shape else None
+        if found is None or not isinstance(live, Tensor):
+            return super().backward(call, live, facts)
+        (source, index), axis = found, self._along(call)
+        if call.output.is_floating_point():
+            facts.refuse_constants(call.node, source, [axis], Reason.DATA_DEPENDENT)
+        demand: Demand = {index: collapse(live, facts.layout(index))}
+        wanted = live.any(axis, keepdim=True) & torch.ones(facts.layout(source), dtype=torch.bool)
+        wanted = collapse(wanted, facts.layout(source))
+        demand[source] = demand[source] | wanted if source in demand else wanted
+        return demand
+
+
+def _without(fields: Fields, axis: int, labels: Labeller) -> Fields:
+    """The other axes' fields; labels that differ along the axis have to agree."""
+    found: Fields = {}
+    for a, f in fields.items():
+        if a == axis:
+            continue
+        if f.shape[axis] > 1:
+            labels.table.tie(f, f.narrow(axis, 0, 1))
+        found[a] = f.narrow(axis, 0, 1)
+    return found
+
+
+class Lookup(OpRule):
+    """y = x[:, index, :] with a tensor of positions of any rank, which takes the place of the axis.
+
+    Not registered: indexing (`srfx.ops.join`) hands the calls over that are no fixed selection.
+    """
+
+    def site(self, call: Call) -> tuple[int, Value] | None:
+        """The axis and the tensor of positions; None for any other index."""
+        raw = call.bound.get("indices", call.bound.get("index"))
+        entries = list(raw) if isinstance(raw, (list, tuple)) else [raw]
+        tensors = [(axis, e) for axis, e in enumerate(entries) if isinstance(e, (fx.Node, Tensor))]
+        if len(tensors) != 1 or any(e is not None and e != slice(None) for e in entries if e is not tensors[0][1]):
+            return None
+        if any(e is None for e in entries) and "indices" not in call.bound:
+            return None  # None makes a new axis in Python's indexing, and takes a whole one in ATen's
+        axis, raw = tensors[0]
+        index = call.as_value(raw)
+        hint = getattr(index, "tensor", None) if not isinstance(index, fx.Node) else call.program.hints[index]
+        if index is None or hint is None or hint.dtype not in _POSITIONS or hint.dtype == torch.uint8:
+            return None
+        return axis, index
+
+    def _source(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def _site(self, call: Call) -> tuple[int, Value]:
+        found = self.site(call)
+        assert found is not None
+        return found
+
+    def _spread(self, call: Call, t: Tensor) -> Tensor:
+        """A layout tensor of the source, of size 1 along the axis, as one of the result."""
+        axis, index = self._site(call)
+        return t.reshape(*t.shape[:axis], *(1 for _ in call.shape(index)), *t.shape[axis + 1 :])
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        axis, index = self._site(call)
+        source, more = self._source(call), len(call.shape(index)) - 1
+        labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
+        labels.pin(index, call.node.name, Reason.DATA_DEPENDENT)
+        fields = _without(labels.of(source), axis, labels)
+        return {a if a < axis else a + more: self._spread(call, f) for a, f in fields.items()}
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        axis, _ = self._site(call)
+        c = facts.constancy(self._source(call))
+        c = c.settle(set(range(c.value.dim())) - {axis})
+        return Constancy(self._spread(call, c.varies), self._spread(call, c.value))
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        axis, index = self._site(call)
+        source, rank = self._source(call), len(call.shape(index))
+        facts.refuse_constants(call.node, source, [axis], Reason.DATA_DEPENDENT)
+        wanted = live.any(tuple(range(axis, axis + rank)), keepdim=True) if rank else live.unsqueeze(axis)
+        wanted = wanted.reshape(*wanted.shape[:axis], 1, *wanted.shape[axis + max(rank, 1) :])
+        layout = facts.layout(source)
+        return {
+            source: collapse(wanted & torch.ones(layout, dtype=torch.bool), layout),
+            index: torch.ones((1,) * rank, dtype=torch.bool),
+        }
