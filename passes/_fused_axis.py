@@ -304,7 +304,7 @@ def is_supported(node: fx.Node, rule: Movement, call: Call) -> bool:
     if isinstance(rule, View):
         return view_sizes(node) is not None
     if isinstance(rule, Unflatten):
-        has_literals = isinstance(call.get("dim"), int) and isinstance(call["sizes"], (tuple, list))
+        has_literals = isinstance(call.get("dim"), int) and isinstance(call.get("sizes"), (tuple, list))
         return call.module is None and has_literals
     return True
 

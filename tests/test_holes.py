@@ -193,6 +193,254 @@ def a3_the_same_where_query_and_key_lengths_differ() -> Built:
     return m, (torch.randn(2, 5, 3),)
 
 
+# ------------------------------------------------------------------------------------------ M: movement
+def linear_pair(op: Callable[[Any, Tensor], Tensor], width: int = 8) -> Any:
+    """Three of eight features are constant in front of ``op``."""
+    m = net(lambda s, x: s.b(op(s, s.a(x))), a=nn.Linear(4, 8), b=nn.Linear(width, 3))
+    kill(m.a, [0, 1, 5])
+    return m
+
+
+def cut_by(op: Callable[[Tensor, int], Tensor], width: int, other: int) -> Built:
+    """``op`` decides by the size of another input, which differs from run to run."""
+    m = net(lambda s, x, y: s.b(op(s.a(x), y.size(1))), a=nn.Linear(4, 8), b=nn.Linear(width, 3))
+    kill(m.a, [0, 1, 5])
+    x, options = torch.randn(3, 4), {"others": [(torch.randn(3, 4), torch.randn(3, other))]}
+    return m, (x, torch.randn(3, 4)), {**options, "routes": ["symbolic"]}
+
+
+@hole
+def m5_a_slice_that_ends_elsewhere_each_time() -> Built:
+    return cut_by(lambda t, n: t[:, :n].sum(1, keepdim=True), 1, 7)
+
+
+@hole
+def m5_a_slice_that_starts_elsewhere_each_time() -> Built:
+    return cut_by(lambda t, n: t[:, n : n + 3], 3, 2)
+
+
+@hole
+def m5_narrow_at_a_computed_start() -> Built:
+    return cut_by(lambda t, n: t.narrow(1, n, 3), 3, 2)
+
+
+@hole
+def m5_select_at_a_computed_position() -> Built:
+    return cut_by(lambda t, n: t.unsqueeze(2).select(1, n), 1, 2)
+
+
+@hole
+def m5_an_index_that_is_computed() -> Built:
+    return cut_by(lambda t, n: t.unsqueeze(2)[:, n], 1, 2)
+
+
+@hole
+def m5_a_roll_by_a_computed_shift() -> Built:
+    return cut_by(lambda t, n: t.roll(n, 1), 8, 2)
+
+
+@hole
+def m5_padding_by_a_computed_amount() -> Built:
+    return cut_by(lambda t, n: F.pad(t, (n, 8 - n)), 16, 2)
+
+
+@hole
+def m5_a_split_into_computed_sizes() -> Built:
+    return cut_by(lambda t, n: t.split([n, 8 - n], 1)[0].sum(1, keepdim=True), 1, 7)
+
+
+@hole
+def squeeze_of_every_unit_axis_beside_one_live_channel() -> Built:
+    m = net(lambda s, x: s.b(s.a(x).squeeze()), a=nn.Conv2d(3, 8, 4), b=nn.Linear(8, 3))
+    kill(m.a, range(7))
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+@hole
+def squeeze_of_an_axis_that_shrinks_to_one() -> Built:
+    m = net(lambda s, x: s.b(s.a(x).squeeze(1)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    kill(m.a, range(7))
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def expand_leaves_the_fields_of_its_operand_alone() -> Built:
+    m = net(lambda s, x: s.b(s.a(x).expand(-1, 8, -1, -1)), a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(8, 3, 1))
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+@hole
+def s1_view_as_a_tensor_that_loses_other_channels() -> Built:
+    m = net(
+        lambda s, x: s.b(s.a(x).view_as(s.c(x)).relu()),
+        a=nn.Linear(4, 8),
+        b=nn.Linear(8, 3),
+        c=nn.Linear(4, 8),
+    )
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def s1_expand_as_a_tensor_that_loses_other_channels() -> Built:
+    def run(s: Any, x: Tensor) -> Tensor:
+        return s.b(s.a(x.mean((2, 3), keepdim=True)).expand_as(s.c(x))) + s.d(s.c(x))
+
+    m = net(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 3, 1), c=nn.Conv2d(3, 8, 1), d=nn.Conv2d(8, 3, 1))
+    kill(m.a, [0, 1, 5])
+    kill(m.c, [5, 6])
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+@hole
+def cast_to_integers() -> Built:
+    m = linear_pair(lambda s, t: t.to(torch.int64).to(t.dtype))
+    m.a.bias.data.add_(0.5)
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def cast_to_half_precision() -> Built:
+    return linear_pair(lambda s, t: t.half().to(torch.float64)), (torch.randn(3, 4),)
+
+
+@hole
+def m1_every_second_channel_and_part_of_the_picture() -> Built:
+    def run(s: Any, x: Tensor) -> Tensor:
+        y = s.a(x)
+        return s.b(y[:, ::2, 1:3]).mean((2, 3)) + s.c(y).mean((2, 3))
+
+    m = net(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 3, 1), c=nn.Conv2d(8, 3, 1))
+    kill(m.a, [1, 5])
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+@hole
+def m1_every_second_channel_and_one_column() -> Built:
+    def run(s: Any, x: Tensor) -> Tensor:
+        y = s.a(x)
+        return s.b(y[:, ::2, :, 1]).mean(2) + s.c(y).mean((2, 3))
+
+    m = net(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv1d(4, 3, 1), c=nn.Conv2d(8, 3, 1))
+    kill(m.a, [1, 5])
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+@hole
+def m1_circular_padding_of_features() -> Built:
+    m = linear_pair(lambda s, t: F.pad(t, (2, 1), mode="circular"), 11)
+    return m, (torch.randn(3, 2, 4),)
+
+
+@hole
+def m1_reflection_of_features() -> Built:
+    m = linear_pair(lambda s, t: F.pad(t, (2, 1), mode="reflect"), 11)
+    kill(m.b, columns=[5, 6, 7])
+    return m, (torch.randn(3, 2, 4),)
+
+
+@hole
+def cat_of_a_whole_tuple() -> Built:
+    return linear_pair(lambda s, t: torch.cat(torch.split(t, 4, 1), 1)), (torch.randn(3, 4),)
+
+
+@hole
+def stack_of_a_whole_tuple() -> Built:
+    return linear_pair(lambda s, t: torch.stack(t.chunk(2, 1), 1).flatten(1)), (torch.randn(3, 4),)
+
+
+@hole
+def repeat_interleave_without_an_axis() -> Built:
+    return linear_pair(lambda s, t: t.repeat_interleave(2).view(-1, 16), 16), (torch.randn(3, 4),)
+
+
+@hole
+def repeat_interleave_by_a_tensor() -> Built:
+    m = linear_pair(lambda s, t: t.repeat_interleave(torch.tensor([1, 2] * 4), 1), 12)
+    return m, (torch.randn(3, 4),), {"routes": ["symbolic"]}
+
+
+@hole
+def c6_a_module_without_tensors_is_called_twice() -> Built:
+    m = net(
+        lambda s, x: s.b(s.u(s.a(x)).flatten(1)) + s.d(s.u(s.c(x)).flatten(1)),
+        a=nn.Linear(4, 8),
+        b=nn.Linear(8, 3),
+        c=nn.Linear(4, 8),
+        d=nn.Linear(8, 3),
+        u=nn.Unflatten(1, (8, 1)),
+    )
+    kill(m.a, [0, 1, 5])
+    kill(m.c, [2])
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def o1_an_output_whose_channel_axis_holds_the_batch() -> Built:
+    m = net(lambda s, x: s.a(x).flatten(0, 1), a=nn.Conv2d(3, 8, 1))
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(2, 3, 4, 4),)
+
+
+# ------------------------------------------------------------------------------------------ P: spatial ops
+@hole
+def p1_max_pool_along_features() -> Built:
+    return linear_pair(lambda s, t: F.max_pool1d(t, 2), 4), (torch.randn(3, 4),)
+
+
+@hole
+def p1_average_pool_along_features() -> Built:
+    return linear_pair(lambda s, t: F.avg_pool1d(t, 2), 4), (torch.randn(3, 4),)
+
+
+@hole
+def p1_adaptive_pool_along_features() -> Built:
+    return linear_pair(lambda s, t: F.adaptive_avg_pool1d(t, 4), 4), (torch.randn(3, 4),)
+
+
+@hole
+def p1_reflection_layer_along_features() -> Built:
+    m = net(lambda s, x: s.b(s.p(s.a(x))), a=nn.Linear(4, 8), b=nn.Linear(10, 3), p=nn.ReflectionPad1d(1))
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def b1_instance_norm_of_constants_that_differ_by_place() -> Built:
+    m = net(
+        lambda s, x: s.b(s.n(s.a(x).view(-1, 4, 2, 2))),
+        a=nn.Linear(5, 16),
+        b=nn.Conv2d(4, 3, 1),
+        n=nn.InstanceNorm2d(4, affine=True),
+    )
+    kill(m.a, [4, 5, 6, 7])
+    return m, (torch.randn(2, 5),)
+
+
+@hole
+def h6_an_angle_tells_minus_zero_from_zero() -> Built:
+    m = net(
+        lambda s, x: s.b(torch.atan2(s.a(x) * -1, s.c(x) * -1)),
+        a=nn.Linear(4, 8),
+        b=nn.Linear(8, 3),
+        c=nn.Linear(4, 8),
+    )
+    kill(m.a, [0, 1, 5], bias=True)
+    kill(m.c, [0, 1, 5], bias=True)
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def e5_alpha_dropout_makes_zero_something_else() -> Built:
+    m = net(
+        lambda s, x: s.b(F.alpha_dropout(s.a(x), 0.5, True).abs().sign()),
+        a=nn.Linear(4, 4),
+        b=nn.Linear(4, 3),
+    )
+    kill(m.a, range(4), bias=True)
+    return m, (torch.randn(3, 4),)
+
+
 # ------------------------------------------------------------------------------------------ the check
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", HOLES)

@@ -62,7 +62,8 @@ def _outputs(program: Program, labels: Labeller) -> None:
 
 
 def _spreads(fields: Fields) -> bool:
-    return len(fields) > 1 or any(f.numel() != f.shape[a] for a, f in fields.items())
+    """Whether channels spread over several axes, or an axis repeats them: its size may differ from call to call."""
+    return len(fields) > 1 or any(f.unique().numel() != f.shape[a] for a, f in fields.items())
 
 
 def _pin(labels: Labeller, fields: Fields, site: str) -> None:

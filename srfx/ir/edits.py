@@ -5,6 +5,7 @@ Edits refer to nodes by name and to tensors by attribute path, so a plan can be 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.attrs import get_attr, set_attr
+from srfx.ir.attrs import free_path, get_attr, set_attr
 from srfx.ir.call import write_argument
 from srfx.ir.plan import Edit
 
@@ -94,6 +95,20 @@ class GraphEditor:
                 return graph.call_function(operator.floordiv, (product, expr.denominator))
         return expr
 
+    def own_module(self, node: fx.Node) -> torch.nn.Module:
+        """The module that a node calls; one without tensors that other nodes call too is copied for this one.
+
+        Sites of a module with tensors keep the same channels, those of a module without may differ.
+        """
+        module = self.gm.get_submodule(str(node.target))
+        calls = [n for n in self.gm.graph.nodes if n.op == "call_module"]
+        sharing = [n for n in calls if n is not node and self.gm.get_submodule(str(n.target)) is module]
+        if sharing and not [*module.parameters(), *module.buffers()]:
+            path = free_path(self.gm, f"{node.name}_own")
+            set_attr(self.gm, path, copy.copy(module))
+            node.target = path
+        return self.gm.get_submodule(str(node.target))
+
     def attribute_node(self, path: str, before: fx.Node) -> fx.Node:
         """A get_attr node of ``path`` that stands before ``before``."""
         with self.gm.graph.inserting_before(before):
@@ -118,7 +133,7 @@ class SetArgument(GraphEdit):
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
         if node.op == "call_module":
-            setattr(editor.gm.get_submodule(str(node.target)), self.name, self.value)
+            setattr(editor.own_module(node), self.name, self.value)
         else:
             write_argument(node, self.signature, self.name, editor.build(self.value, node))
 

@@ -251,7 +251,8 @@ class PReLU(Elementwise):
     def label(self, call: Call, labels: Labeller) -> Fields:
         x, w = self._operands(call)
         rank, shape = len(call.out_shape), self._lifted(call)
-        weight = {1: labels.of(w)[0].view(shape)} if max(shape) > 1 else {}
+        own = labels.of(w)  # a shared slope gets its label too
+        weight = {1: own[0].view(shape)} if max(shape) > 1 else {}
         return labels.unify([(labels.of(x), call.shape(x)), (weight, shape)], rank, call.node.name)
 
     def _operands(self, call: Call) -> tuple[Value, Value]:

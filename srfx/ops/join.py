@@ -43,6 +43,9 @@ class Concat(OpRule):
         found = [call.as_value(t) for t in call["tensors"]]
         return [v for v in found if v is not None and call.shape(v) != (0,)]
 
+    def is_unrecognised(self, call: Call) -> bool:
+        return not isinstance(call["tensors"], (list, tuple))  # a whole tuple as operand
+
     def axis(self, call: Call) -> int:
         return _axis(call.get("dim", 0), len(call.out_shape))
 
@@ -138,6 +141,9 @@ class Stack(OpRule):
     def parts(self, call: Call) -> list[Value]:
         return [v for v in (call.as_value(t) for t in call["tensors"]) if v is not None]
 
+    def is_unrecognised(self, call: Call) -> bool:
+        return not isinstance(call["tensors"], (list, tuple))  # a whole tuple as operand
+
     def axis(self, call: Call) -> int:
         return _axis(call.get("dim", 0), len(call.out_shape))
 
@@ -217,10 +223,21 @@ class Splitting(OpRule):
         axis, extent = self.axis(call), call.shape(self.source(call))[self.axis(call)]
         return [[Take(axis, run, extent)] for run in self.runs(call)]
 
+    def is_dynamic(self, call: Call, labels: Labeller) -> bool:
+        """Whether the sizes of the parts are known at run time only (theory: Lemma M5)."""
+        arguments = {name: raw for name, raw in call.bound.items() if name != "input"}
+        return labels.is_dynamic(list(arguments.values()))
+
     def label(self, call: Call, labels: Labeller) -> tuple[Fields, ...]:
-        found = []
+        found, axis, whole = [], self.axis(call), dict(labels.of(self.source(call)))
+        if self.is_dynamic(call, labels):
+            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [axis])
+            whole.pop(axis, None)
+            for a, f in whole.items():
+                labels.table.tie(f, f.narrow(axis, 0, 1))
+                whole[a] = f.narrow(axis, 0, 1)
         for steps in self.steps(call):
-            fields = labels.of(self.source(call))
+            fields = whole
             for step in steps:
                 fields, required = step.carry(fields, labels.table, call.node.name)
                 for channel in required:
@@ -230,6 +247,8 @@ class Splitting(OpRule):
 
     def forward(self, call: Call, facts: FactTable) -> tuple[Constancy, ...]:
         c = facts.constancy(self.source(call))
+        if self.is_dynamic(call, facts.labeller):
+            c = c.settle(set(range(c.value.dim())) - {self.axis(call)})
         return tuple(Constancy(walk(s, c.varies, False), walk(s, c.value)) for s in self.steps(call))
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
@@ -239,6 +258,8 @@ class Splitting(OpRule):
         for steps, part in zip(self.steps(call), live, strict=True):
             if part is not None:
                 wanted = wanted | pull_back(steps, part, layout)
+        if self.is_dynamic(call, facts.labeller):
+            wanted = wanted.any(self.axis(call), keepdim=True).expand(layout)
         return {source: wanted}
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
@@ -352,10 +373,9 @@ class GetItem(AlongAxis):
             return self._unparsed(call).label(call, labels)
         source = self.source(call)
         fields = dict(labels.of(source))
-        for axis in parsed.dynamic(labels):
-            labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
-        if len(parsed.takes) > 1:  # a gather along one axis beside slices of others has no single plain form
-            for axis in parsed.gathered:
+        fields = self.known_fields(call, labels, fields)
+        if len(parsed.takes) > 1 or parsed.picked or None in parsed.entries:
+            for axis in parsed.irregular():  # positions that are no run, beside other entries, have no plain form
                 labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
         for axis, at in parsed.picked.items():
             if axis in fields:
@@ -365,6 +385,10 @@ class GetItem(AlongAxis):
             for channel in required:
                 labels.require(call.node, channel)
         return fields
+
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        parsed = self._parse(call)
+        return [] if parsed is None else parsed.dynamic(labels)
 
     def _reads_tracked(self, call: Call, labels: Labeller) -> bool:
         """Whether this is the size of an axis with channels, which is the same at every call of the network."""
@@ -552,6 +576,10 @@ class Indexing:
         self.raw.append(raw)
         self.entries.append(entry)
 
+    def irregular(self) -> list[int]:
+        """Axes of which positions are taken that do not follow one another."""
+        return [a for a, take in self.takes.items() if a in self.gathered or not is_range(take.source)]
+
     def dynamic(self, labels: Labeller) -> list[int]:
         """Axes whose bounds are computed at run time."""
         found = []
@@ -623,13 +651,20 @@ class Pad(Movement):
             source = torch.arange(-pad[2 * k], extent + pad[2 * k + 1])
             if pad[2 * k] or pad[2 * k + 1]:
                 if not self.is_constant(call):
-                    source = source.clamp(0, extent - 1)
+                    numbers = torch.arange(extent, dtype=torch.float64).view(1, 1, -1)
+                    source = F.pad(numbers, (pad[2 * k], pad[2 * k + 1]), call.get("mode")).flatten().long()
                 found.append(Take(axis, torch.where(source < extent, source, -1).clamp(min=-1), extent))
         return found
 
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        if not labels.is_dynamic(call.bound.get("pad")):
+            return []
+        rank = len(call.out_shape)
+        return [rank - 1 - k for k in range(len(self.amounts(call)) // 2)]
+
     def label(self, call: Call, labels: Labeller) -> Fields:
         axes = [s.axis for s in self.steps(call) if isinstance(s, Take)]
-        if not self.is_constant(call) or labels.is_dynamic(call.bound.get("pad")):
+        if not self.is_constant(call):
             labels.pin(self.source(call), call.node.name, Reason.CHANNEL_MIXING, axes)
         return super().label(call, labels)
 

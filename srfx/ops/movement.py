@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
+from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Affine, Constancy
 from srfx.lattice.movement import Fields, Permute, Regroup, Step, Take, follow, pull_back, walk
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
@@ -43,16 +43,34 @@ class Movement(OpRule):
         assert value is not None, f"{call.where}: no tensor operand"
         return value
 
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        """Axes of the operand along which the positions are known at run time only (theory: Lemma M5)."""
+        return []
+
     def label(self, call: Call, labels: Labeller) -> Fields:
-        fields = labels.of(self.source(call))
+        fields = self.known_fields(call, labels, dict(labels.of(self.source(call))))
         for step in self.steps(call):
             fields, required = step.carry(fields, labels.table, call.node.name)
             for channel in required:
                 labels.require(call.node, channel)
         return fields
 
+    def known_fields(self, call: Call, labels: Labeller, fields: Fields) -> Fields:
+        """The fields without dynamic axes, which stay whole and along which the others' labels have to agree."""
+        dynamic = self.dynamic_axes(call, labels)
+        for axis in dynamic:
+            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [axis])
+            fields.pop(axis, None)
+            for a, f in fields.items():
+                _flatten_ties(f, axis, labels)
+                fields[a] = f.narrow(axis, 0, 1)
+        return fields
+
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         before, steps = facts.constancy(self.source(call)), self.steps(call)
+        dynamic = self.dynamic_axes(call, facts.labeller)
+        if dynamic:  # any part of these axes may be taken: constant only where the whole axis is
+            before = replace(before.settle(set(range(before.value.dim())) - set(dynamic)), sums_to_one=None, affine=None)
         affine = self.carry_affine(call, before.affine)
         total = None if before.sums_to_one is None else follow(steps, before.sums_to_one)
         if any(isinstance(s, Take) and bool((s.source < 0).any()) for s in steps):
@@ -76,7 +94,10 @@ class Movement(OpRule):
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
         source = self.source(call)
-        return {source: pull_back(self.steps(call), live, facts.layout(source))}
+        wanted = pull_back(self.steps(call), live, facts.layout(source))
+        for axis in self.dynamic_axes(call, facts.labeller):
+            wanted = wanted.any(axis, keepdim=True)
+        return {source: wanted.expand(facts.layout(source))}
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return [self.source(call)]
@@ -87,13 +108,24 @@ class Movement(OpRule):
     torch.clone, torch.detach, "requires_grad_", "alias", aten.contiguous.default, aten.clone.default, aten.alias.default,
     aten.detach.default, aten.detach_.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other,
     aten._to_copy.default, aten.type_as.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
-    aten.positive.default, torch.positive, aten.view_as_real_copy.default, torch.Tensor.contiguous,
+    aten.positive.default, torch.positive, torch.Tensor.contiguous,
 )  # fmt: skip
 class Copy(Movement):
-    """y = x in another place, layout or dtype."""
+    """y = x in another place, layout or dtype; a constant is rounded as the cast rounds it."""
 
     def steps(self, call: Call) -> list[Step]:
         return []
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        source, dtype = self.source(call), call.output.dtype
+        found = super().forward(call, facts)
+        before = source.tensor.dtype if isinstance(source, Param) else call.program.hints[source].dtype
+        if dtype == before or dtype.is_complex:
+            return found
+        value = found.value.to(dtype)
+        if not dtype.is_floating_point:  # no linear map
+            return Constancy(found.varies, value)
+        return replace(found, value=value.double())
 
 
 def _axis(dim: int, rank: int) -> int:
@@ -107,10 +139,28 @@ class Reshaping(Movement):
         return [Regroup(call.shape(self.source(call)), call.out_shape)]
 
 
-@op_rule(nn.Flatten, torch.flatten, "flatten", aten.flatten.using_ints, torch.ravel, "ravel", torch.squeeze, "squeeze",
-         aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, torch.unsqueeze, "unsqueeze", aten.unsqueeze.default)  # fmt: skip
+@op_rule(nn.Flatten, torch.flatten, "flatten", aten.flatten.using_ints, torch.ravel, "ravel",
+         torch.unsqueeze, "unsqueeze", aten.unsqueeze.default)  # fmt: skip
 class Flatten(Reshaping):
-    """flatten, squeeze, unsqueeze: no sizes in the arguments."""
+    """flatten, unsqueeze: no sizes in the arguments."""
+
+
+@op_rule(torch.squeeze, "squeeze", aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+class Squeeze(Reshaping):
+    """squeeze asks for sizes at run time: an axis that it leaves in place must not shrink to size 1."""
+
+    signature: tuple[str, ...] = ("input", "dim")
+
+    def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
+        source, dim = self.source(call), call.get("dim")
+        fields, shape = facts.fields(source), call.shape(source)
+        dims = range(len(shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+        second = []
+        for axis in {_axis(d, len(shape)) for d in dims}:
+            if axis in fields and shape[axis] > 1 and facts.count(fields, axis) == 1:
+                kept = facts.is_kept(fields[axis])
+                second.append(fields[axis].gather(axis, (~kept).long().argmax(axis, keepdim=True)).flatten())
+        return torch.cat(second) if second else None
 
 
 @op_rule("view", "reshape", "view_as", "reshape_as", torch.reshape, aten.view.default, aten.reshape.default,
@@ -120,11 +170,34 @@ class View(Reshaping):
 
     signature: tuple[str, ...] = ("input", "*size")
 
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        return as_template(call, labels, super().label(call, labels))
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return [self.source(call), *_template(call)]
+
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         if isinstance(call.get("size"), fx.Node) or call.value("other") is not None:
-            return []  # view_as: the shape comes from another tensor, which loses the same channels or none
+            return []  # view_as: the shape comes from another tensor, which loses the same channels
         name = "size" if "size" in call.bound else "shape"
         return resized(call, facts, name, facts.fields(call.node), call.out_shape)
+
+
+def _template(call: Call) -> list[Value]:
+    """The tensor whose shape view_as and expand_as take."""
+    found = [call.value(name) for name in ("other", "size")]
+    return [v for v in found if v is not None]
+
+
+def as_template(call: Call, labels: Labeller, fields: Fields) -> Fields:
+    """The fields of a result that takes its shape from another tensor: both lose the same channels."""
+    for other in _template(call):
+        lent = {a: f for a, f in labels.of(other).items() if a not in fields and f.numel() == f.shape[a]}
+        rest = {a: f for a, f in labels.of(other).items() if a not in lent}
+        shape = tuple(1 if a in lent else n for a, n in enumerate(call.out_shape))
+        mine = {a: f for a, f in fields.items() if a not in lent}
+        return {**labels.unify([(mine, shape), (rest, shape)], len(shape), call.node.name), **lent}
+    return fields
 
 
 @op_rule(nn.Unflatten, torch.unflatten, "unflatten", aten.unflatten.int)
@@ -157,7 +230,7 @@ class Expand(Movement):
         fields, shape = super().label(call, labels), call.out_shape
         for axis in [a for a, f in fields.items() if f.shape[a] != shape[a]]:
             labels.require(call.node, fields.pop(axis))  # one channel repeated: not a channel axis any more
-        return fields
+        return as_template(call, labels, fields)
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return call.values()
@@ -346,6 +419,12 @@ class Roll(AlongAxis):
         axes = [_axis(d, len(shape)) for d in dims]
         return [Take(a, torch.arange(shape[a]).roll(s), shape[a]) for a, s in zip(axes, shifts, strict=True)]
 
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        if not labels.is_dynamic(call.bound.get("shifts")):
+            return []
+        takes = [s for s in self.steps(call) if isinstance(s, Take)]
+        return [s.axis for s in takes] if len(takes) == len(self.steps(call)) else list(range(len(call.out_shape)))
+
     def label(self, call: Call, labels: Labeller) -> Fields:
         steps = self.steps(call)
         takes = [s for s in steps if isinstance(s, Take)]
@@ -372,20 +451,9 @@ class Narrow(AlongAxis):
 
     signature: tuple[str, ...] = ("input", "dim", "start", "length")
 
-    def dynamic(self, call: Call, labels: Labeller) -> bool:
-        return any(labels.is_dynamic(call.bound.get(n)) for n in ("start", "end", "length"))
-
-    def label(self, call: Call, labels: Labeller) -> Fields:
-        if self.dynamic(call, labels):  # a cut known only at run time leaves every position in place
-            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [self.selection(call).axis])
-        return super().label(call, labels)
-
-    def forward(self, call: Call, facts: FactTable) -> Constancy:
-        if not self.dynamic(call, facts.labeller):
-            return super().forward(call, facts)
-        axis = self.selection(call).axis  # any part may be taken: constant only where the whole axis is
-        c = facts.constancy(self.source(call))
-        return c.settle(set(range(len(call.out_shape))) - {axis})
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        moves = any(labels.is_dynamic(call.bound.get(n)) for n in ("start", "end", "length", "step"))
+        return [self.selection(call).axis] if moves else []
 
     def selection(self, call: Call) -> Take:
         shape = call.shape(self.source(call))
@@ -427,11 +495,12 @@ class Select(AlongAxis):
         axis = _axis(call.get("dim"), len(shape))
         return Take(axis, torch.tensor([_axis(call.get("index"), shape[axis])]), shape[axis])
 
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        return [self.selection(call).axis] if labels.is_dynamic(call.bound.get("index")) else []
+
     def label(self, call: Call, labels: Labeller) -> Fields:
         take = self.selection(call)
-        if labels.is_dynamic(call.bound.get("index")):
-            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [take.axis])
-        fields = dict(labels.of(self.source(call)))
+        fields = self.known_fields(call, labels, dict(labels.of(self.source(call))))
         position = fields.pop(take.axis, None)
         if position is not None:
             labels.require(call.node, position.index_select(take.axis, take.source).reshape(-1))
@@ -467,6 +536,12 @@ class Repeat(Movement):
             if n != m
         ]
 
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        raw, rank = call.bound.get("repeats", call.bound.get("dims")), len(call.shape(self.source(call)))
+        if not isinstance(raw, (tuple, list)):
+            return list(range(rank)) if labels.is_dynamic(raw) else []
+        return [rank - 1 - i for i, n in enumerate(reversed(raw)) if i < rank and labels.is_dynamic(n)]
+
     def label(self, call: Call, labels: Labeller) -> Fields:
         fields = super().label(call, labels)
         for axis in [a for a, f in fields.items() if f.shape[a] != call.out_shape[a] or _is_single(f, a)]:
@@ -484,10 +559,35 @@ class RepeatInterleave(AlongAxis):
 
     signature: tuple[str, ...] = ("input", "repeats", "dim")
 
+    def is_unrecognised(self, call: Call) -> bool:
+        return not isinstance(call.get("repeats"), int)
+
+    def is_followed(self, call: Call) -> bool:
+        return not self.is_unrecognised(call)
+
+    def steps(self, call: Call) -> list[Step]:
+        shape = call.shape(self.source(call))
+        flat = (torch.Size(shape).numel(),)
+        lead: list[Step] = [Regroup(shape, flat)] if call.get("dim") is None and shape != flat else []
+        return [*lead, self.selection(call)]
+
     def selection(self, call: Call) -> Take:
         shape = call.shape(self.source(call))
-        axis = _axis(call.get("dim"), len(shape))
+        if call.get("dim") is None:
+            shape = (torch.Size(shape).numel(),)
+        axis = _axis(call.get("dim") or 0, len(shape))
         return Take(axis, torch.arange(shape[axis]).repeat_interleave(call.get("repeats")), shape[axis])
+
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        if not labels.is_dynamic(call.bound.get("repeats")):
+            return []
+        return list(range(len(call.shape(self.source(call))))) if call.get("dim") is None else [self.selection(call).axis]
+
+    def reads(self, call: Call, facts: FactTable) -> list[Value]:
+        return call.values()
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return []  # each kept position is still repeated as often
 
     def rewrite(self, call: Call, axis: int, index: Tensor) -> Iterable[GraphEdit]:
         return []  # each kept position is still repeated as often

@@ -36,6 +36,10 @@ class OpRule:
     signature: tuple[str, ...] = ("input",)
     barrier: Reason = Reason.UNKNOWN_OP
 
+    def is_unrecognised(self, call: Call) -> bool:
+        """Whether the arguments of this call are in a form that the rule cannot read: then it is a barrier."""
+        return False
+
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         """Channel axes of the result; ties between operands are recorded in ``labels``."""
         for value in call.values():
