@@ -43,7 +43,10 @@ def double_throughout(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace every float32 in the arguments, and every float32 tensor, by float64; in place."""
     for node in [n for n in gm.graph.nodes if _is_made_float(n)]:
         node.kwargs = {**node.kwargs, "dtype": torch.float64}
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+            continue
         node.args, node.kwargs = pytree.tree_map(_wide, (node.args, node.kwargs))
         node.meta.pop("val", None)
         node.meta.pop("tensor_meta", None)
