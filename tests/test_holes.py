@@ -115,6 +115,27 @@ def l1_constants_that_differ_from_place_to_place() -> Built:
     return m, (torch.randn(2, 5),)
 
 
+@hole
+def l2_a_bias_of_one_number_takes_no_constant() -> Built:
+    m = net(lambda s, x: F.linear(s.a(x), s.w, s.c), a=nn.Linear(4, 8), c=param(1), w=param(3, 8))
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def l3_a_vector_has_one_position() -> Built:
+    m = net(lambda s, x: s.b(s.a(x.mean(0)).relu()), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(3, 4),)
+
+
+@hole
+def s1_the_number_of_elements() -> Built:
+    m = net(lambda s, x: s.b(s.a(x) + s.a(x).numel() / x.size(0)), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    kill(m.a, [0, 1, 5])
+    return m, (torch.randn(3, 4),)
+
+
 # ------------------------------------------------------------------------------------------ E: elementwise
 @hole
 def e4_a_logarithm_without_channels_meets_no_leftover() -> Built:

@@ -374,8 +374,9 @@ class FreezeSize(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
-        frozen = editor.build(self.value, node)
-        for user in list(node.users):
+        users = list(node.users)
+        frozen = editor.build(self.value, node.next)  # it may be computed from the number itself
+        for user in users:
             user.args = fx.node.map_arg(user.args, lambda n: frozen if n is node else n)
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: frozen if n is node else n)
 

@@ -8,7 +8,7 @@ A *label* is the number of one channel.  Four kinds of constraint are recorded w
 4. pin           kept whatever happens, with a reason
 
 All constraints are Horn clauses or grow the kept set, so the least kept set above a seed exists; see
-`srfx.lattice.classes`.  Source: docs/theory.md, section "Classes".
+`srfx.lattice.classes`.  Source: docs/theory.md, section 3.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 All of them are, seen by channels, y[r] = sum_c W[r, c, taps] x[c] + b[r] in G groups.  The weight is viewed as
 M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is said once for that form.
 
-    constant   y[r] is, when W[r, c] = 0 for every c that varies            (theory: Lemmas L1, L2)
-    live       x[c] is, when it varies and some live row reads it; constants are folded into the bias
+    constant   y[r] is, when W[r, c] = 0 for every c that varies            (theory: Lemma L1)
+    live       x[c] is, when it varies and some live row reads it; constants are folded into the bias (L2, L3, L6)
     border     where the reader does not see a constant alike at every position (zero padding, transposed stride), all
                nonzero constants of the operand are carried by one of them   (theory: Lemma L4)
 """
@@ -99,8 +99,8 @@ class Contraction(OpRule):
             if isinstance(value, Param) and value.n_sites > 1:
                 return False
         bias = call.value("bias")
-        if bias is not None and not (isinstance(bias, Param) and len(bias.shape) == 1):
-            return False  # computed, or one that differs between positions: nothing can be folded into it
+        if bias is not None and not (isinstance(bias, Param) and bias.shape == (call.out_shape[axis],)):
+            return False  # computed, or not one number for each row: nothing can be folded into it
         return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
 
     # -------------------------------------------------------------- labels
@@ -347,12 +347,10 @@ class Contraction(OpRule):
         x, w, live = self.x(call), self.w(call), facts.liveness(call.node)
         assert isinstance(w, Param)
         c = self.known(call, facts)
-        varies = self._by_group(call, c.varies.cpu()).flatten(0, -3)[
-            0
-        ]  # [G, C]: private, so no outer positions
-        value = self._by_group(call, c.value.double().cpu()).flatten(0, -3)[0]
-        rows = self._rows_by_group(call, live).flatten(0, -3).any(0)  # [G, R]
-        wanted = self._wanted(call, live, facts).flatten(0, -3)[0]  # [G, C]
+        varies = _positions(self._by_group(call, c.varies.cpu()))[0]  # [G, C]: private, so no outer positions
+        value = _positions(self._by_group(call, c.value.double().cpu()))[0]
+        rows = _positions(self._rows_by_group(call, live)).any(0)  # [G, R]
+        wanted = _positions(self._wanted(call, live, facts))[0]  # [G, C]
         reads = self._reads(call, facts)
         read = _columns_read(rows, reads)
         absorbed = torch.where(read & ~varies & ~wanted, value, 0.0)
@@ -461,6 +459,11 @@ def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
     if positions:
         marked[..., list(positions.values())] = True
     return marked
+
+
+def _positions(t: Tensor) -> Tensor:
+    """[outer.., G, C] as [positions, G, C]; a vector has one position."""
+    return t.reshape(-1, *t.shape[-2:])
 
 
 def _split(t: Tensor, axis: int, groups: int) -> Tensor:

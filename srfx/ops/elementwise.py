@@ -1,4 +1,4 @@
-"""Elementwise ops of any number of operands, with broadcasting (theory: Lemmas E1 to E4)."""
+"""Elementwise ops of any number of operands, with broadcasting (theory: Lemmas E1 to E5)."""
 
 from __future__ import annotations
 

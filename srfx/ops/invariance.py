@@ -1,4 +1,4 @@
-"""Whether a value matters only up to a shift: all that is read of it goes into softmax (theory: Lemma A2)."""
+"""Whether a value matters only up to a shift: all that is read of it goes into softmax (theory: Lemma A3)."""
 
 from __future__ import annotations
 

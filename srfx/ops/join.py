@@ -1,4 +1,4 @@
-"""Joining and splitting: cat, stack, split, chunk, unbind, getitem, pad, channel and pixel shuffle."""
+"""Joining and splitting: cat, stack, split, chunk, unbind, getitem, pad, channel and pixel shuffle (Lemmas M1 to M5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Movement: views, permutations, slices and copies; elements move, none is computed (theory: Lemmas M1, M2)."""
+"""Movement: views, permutations, slices and copies; elements move, none is computed (theory: Lemmas M1 to M5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reductions and softmax.  Over axes without channels they act on each channel; mean and sum absorb constants."""
+"""Reductions and softmax.  Over axes without channels they act on each channel; mean and sum absorb constants (R1, R2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that read or make sizes: size, shape, numel, and tensors made from sizes alone."""
+"""Ops that read or make sizes: size, shape, numel, and tensors made from sizes alone (theory: Lemmas S1, S2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that act on the spatial positions of each channel alone: pooling, interpolation, instance norm, batch norm."""
+"""Ops that act on the spatial positions of each channel alone: pooling, interpolation, instance norm, batch norm (P1, B1)."""
 
 from __future__ import annotations
 
