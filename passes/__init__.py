@@ -12,6 +12,7 @@ from srfx.passes import (  # noqa: F401
     functionalize,
     raise_channel_shuffle,
     raise_linear,
+    raise_norms,
     repeat_to_index_select,
     split_fused_projections,
     split_parameters,

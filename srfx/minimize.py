@@ -28,6 +28,7 @@ CANONICALISE = (
     "fold-parameter-math",
     "drop-noops",
     "raise-linear",
+    "raise-norms",
     "split-parameters",
     "split-fused-projections",
     "repeat-to-index-select",

@@ -123,7 +123,9 @@ class LayerNorm(OpRule):
         """Whether there is one channel vector, and every reader is linear in the result and may change its weight."""
         alone = kept.numel() == kept.shape[axis] and len(self.axes(call)) == 1
         alone = alone and list(labels.of(self.x(call))) == [axis]
-        return alone and not self.is_shared(call) and linear_readers(call.node, axis, labels.program)
+        return (
+            alone and not self.is_shared(call) and nonlinear_reader(call.node, axis, labels.program) is None
+        )
 
     def _own(self, call: Call, facts: FactTable) -> tuple[int | None, bool]:
         """The channel axis, and whether the result has labels of its own."""
@@ -173,8 +175,11 @@ class LayerNorm(OpRule):
         gone = self._before(call)
         total = torch.Size(value.shape[a] for a in axes).numel() + gone.n_values
         mean = (value.sum(axes, keepdim=True) + gone.sum) / total
-        square = ((value - mean) ** 2).sum(axes, keepdim=True) + gone.m2 + gone.n_values * (gone.mean - mean) ** 2
-        return (value - mean) / (square / total + call.get("eps", 1e-5)).sqrt()
+        square = (
+            ((value - mean) ** 2).sum(axes, keepdim=True) + gone.m2 + gone.n_values * (gone.mean - mean) ** 2
+        )
+        deviation: Tensor = (square / total + call.get("eps", 1e-5)).sqrt()
+        return (value - mean) / deviation
 
     def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor, axis: int) -> Affine:
         width, n_extra = call.shape(self.x(call))[axis], len(self.emits(call))
@@ -182,8 +187,8 @@ class LayerNorm(OpRule):
         varies, value = c.varies.cpu().expand(flat).flatten(), c.value.double().cpu().expand(flat).flatten()
         gamma, beta = gamma.expand(width), beta.expand(width)
         mask = ~varies & (gamma != 0) & (self.centred | (value != 0))
-        wide = [F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta)]
-        return Affine(call.node, axis, *wide, self.centred)
+        mask, value, gamma, beta = (F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta))
+        return Affine(call.node, axis, mask, value, gamma, beta, self.centred)
 
     def shift(self, call: Call, constants: Tensor) -> float:
         """Choose c of the emitted (mu - c) r: near the constants that readers take from it; their value, if it is one.
@@ -219,10 +224,26 @@ class LayerNorm(OpRule):
                 truly = truly.index_fill(axis, torch.tensor(places), False)
         wanted = rows & (c.varies.cpu() | facts.kept_channels(x))
         if axis is not None:
+            self._refuse(call, facts, axis, is_open, truly & ~c.varies.cpu())
             wanted = wanted | truly | (rows & ~self._absorbable(call, facts, c, axis))
         else:
+            self._refuse_all(call, facts)
             wanted = rows
         return {x: collapse(wanted & torch.ones(facts.layout(x), dtype=torch.bool), facts.layout(x))}
+
+    def _refuse_all(self, call: Call, facts: FactTable) -> None:
+        reason = Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING
+        facts.refuse_constants(call.node, self.x(call), self.axes(call), reason)
+
+    def _refuse(self, call: Call, facts: FactTable, axis: int, is_open: bool, staying: Tensor) -> None:
+        """Say why constant channels stay: who reads them as they are, or what no statistics are made for."""
+        if not bool(staying.any()) or (is_open and call.node not in facts.closed):
+            return
+        reader = nonlinear_reader(call.node, axis, facts.program)
+        if reader is not None:
+            facts.refuse(call.node, Reason.NOT_LINEAR_IN_NORM, f"{reader.name} reads it")
+        elif not is_open:
+            facts.refuse(call.node, Reason.CHANNEL_MIXING, "no statistics are emitted along several axes")
 
     def _absorbable(self, call: Call, facts: FactTable, c: Constancy, axis: int) -> Tensor:
         """Channels whose constant every outer position has alike: 0 where the rows keep different channels."""
@@ -266,6 +287,7 @@ class LayerNorm(OpRule):
         new = [name for name in EMITS if name in names and name not in places]
         free = (gone[:width] & ~stays).nonzero().flatten().tolist() if gone.numel() else []
         if len(free) < len(new):
+            facts.refuse(call.node, Reason.GROWS, f"{len(new)} statistics would replace {len(free)} channels")
             facts.closed.add(call.node)
             new = []
         facts.emitted[call.node] = {**places, **dict(zip(new, free, strict=False))}
@@ -296,7 +318,9 @@ class LayerNorm(OpRule):
         row = kept[int(kept.sum(1).argmax())]
         c = facts.constancy(x)
         width = call.shape(x)[axis]
-        value = c.settle([axis]).value.double().cpu().flatten().expand(width)  # 0 where rows differ: see _absorbable
+        value = (
+            c.settle([axis]).value.double().cpu().flatten().expand(width)
+        )  # 0 where rows differ: see _absorbable
         shape = [facts.count(facts.fields(x), a) if a == axis else call.shape(x)[a] for a in self.axes(call)]
         repeat = torch.Size(call.shape(x)[a] for a in self.axes(call) if a != axis).numel()
         return self.rewrite(call, facts, shape, value[~row], repeat, emits)
@@ -378,32 +402,31 @@ def _ref(call: Call, name: str) -> Any:
     return Ref(raw.name) if isinstance(raw, fx.Node) else raw
 
 
-def linear_readers(node: fx.Node, axis: int, program: Program) -> bool:
-    """Whether all that is read of ``node`` along ``axis`` goes into contractions with a private weight."""
+def nonlinear_reader(node: fx.Node, axis: int, program: Program) -> fx.Node | None:
+    """What reads ``node`` along ``axis`` and is no contraction with a private weight; None when all readers are."""
     for user in node.users:
-        if user.op == "output":
-            return False
-        rule, call = resolve(user, program)
-        if isinstance(rule, Contraction):
-            if rule.refused(call) is not None or rule.x(call) is not node or rule.channel_axis(call) != axis:
-                return False
-            tensors = [call.value(n) for n in ("weight", "bias")]
-            if (
-                rule.groups(call) > 1
-                or not rule.takes_statistics
-                or any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
-            ):
-                return False
-        elif isinstance(rule, Movement) and rule.is_followed(call) and rule.source(call) is node:
-            there = follow(rule.steps(call), axis)
-            if there is None or not linear_readers(user, there, program):
-                return False
-        elif isinstance(rule, Random) and not rule.is_active(call):
-            if not linear_readers(user, axis, program):
-                return False
-        elif program.is_tensor(user):
-            return False
-    return True
+        found = _nonlinear(user, node, axis, program)
+        if found is not None:
+            return found
+    return None
+
+
+def _nonlinear(user: fx.Node, node: fx.Node, axis: int, program: Program) -> fx.Node | None:
+    if user.op == "output":
+        return user
+    rule, call = resolve(user, program)
+    if isinstance(rule, Contraction):
+        if rule.refused(call) is not None or rule.x(call) is not node or rule.channel_axis(call) != axis:
+            return user
+        tensors = [call.value(n) for n in ("weight", "bias")]
+        is_shared = any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
+        return user if rule.groups(call) > 1 or not rule.takes_statistics or is_shared else None
+    if isinstance(rule, Movement) and rule.source(call) is node:
+        there = follow(rule.steps(call), axis)
+        return user if there is None else nonlinear_reader(user, there, program)
+    if isinstance(rule, Random) and not rule.is_active(call):
+        return nonlinear_reader(user, axis, program)
+    return user if program.is_tensor(user) else None
 
 
 class RMSNorm(LayerNorm):
@@ -509,7 +532,8 @@ class GroupNorm(OpRule):
             stored: Tensor = index.tensor.detach().cpu()
             return stored
         channels = call.shape(self.x(call))[1]
-        return torch.arange(channels) // (channels // call.get("num_groups"))
+        size: int = channels // call.get("num_groups")
+        return torch.arange(channels) // size
 
     def is_shared(self, call: Call) -> bool:
         sites = [n for n in call.program.nodes if n.op == "call_module" and n.target == call.node.target]
@@ -580,6 +604,13 @@ class GroupNorm(OpRule):
         counts = torch.zeros(int(groups.max()) + 1).index_add(0, groups, active.float())
         rows = (counts[groups] > 0).view(shape)
         wanted = rows & (c.varies.cpu() | facts.kept_channels(x)) | (live & active.view(shape))
+        if bool((live & active.view(shape) & ~c.varies.cpu()).any()):
+            reader = next(iter(call.node.users))
+            facts.refuse(
+                call.node,
+                Reason.NOT_LINEAR_IN_NORM,
+                f"a group norm emits no statistics; {reader.name} reads it",
+            )
         return {x: collapse(wanted, facts.layout(x))}
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:

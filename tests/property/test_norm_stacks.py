@@ -5,6 +5,7 @@ A stack is a stem, learned tokens, blocks of four kinds, projections to streams 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,18 @@ from torch import Tensor, nn
 
 from tests.helpers import check, randomized
 
-NORMS = ("layer", "layer", "layer_plain", "layer_no_bias", "rms", "rms", "rms_plain", "batch", "group", "none")
+NORMS = (
+    "layer",
+    "layer",
+    "layer_plain",
+    "layer_no_bias",
+    "rms",
+    "rms",
+    "rms_plain",
+    "batch",
+    "group",
+    "none",
+)
 KINDS = ("pre", "pre", "post", "sandwich", "parallel")
 N_TOKENS = 3
 
@@ -133,7 +145,7 @@ class Network(nn.Module):
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         widths = [5, *(s.width for s in stack.stages)]
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.stems = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
         self.norms = nn.ModuleList(norm_of(s.stem_norm, s.width) for s in stack.stages)
         self.stages = nn.ModuleList(
@@ -177,7 +189,11 @@ def ruin(net: Network, seed: int) -> None:
         width = stem.out_features
         dead = some(width, 0.5)
         values = torch.randn(len(dead), generator=g) * float(torch.randint(0, 2, (), generator=g))
-        writers: list[Any] = [stem, *(b.down for b in stage), *(b.other for b in stage if b.other is not None)]
+        writers: list[Any] = [
+            stem,
+            *(b.down for b in stage),
+            *(b.other for b in stage if b.other is not None),
+        ]
         for layer in writers:
             layer.weight[dead] = 0
             layer.bias[dead] = values * float(torch.randint(0, 2, (), generator=g))
@@ -205,7 +221,11 @@ def hold(stack: Stack) -> None:
 
 
 @settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
 )
 @given(stacks)
 def test_norm_stacks(stack: Stack) -> None:

@@ -1,0 +1,184 @@
+"""Norms spelled by other ops become one op, and only where they are that op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from srfx.ir.plan import Reason
+from srfx.minimize import minimize
+from srfx.passes.raise_norms import RaiseNorms
+from tests.helpers import check, kill, randomized, shapes
+
+aten = torch.ops.aten
+X = torch.randn(4, 6)
+
+
+def llama(x: Tensor, w: Tensor) -> Tensor:
+    dtype = x.dtype
+    y = x.to(torch.float64)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * y.to(dtype)
+
+
+RMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "llama": llama,
+    "t5": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    "gemma": lambda x, w: ((x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6)) * w).type_as(x),
+    "product": lambda x, w: x * (x * x).mean([-1], True).add(1e-5).rsqrt() * w,
+    "divided": lambda x, w: x / torch.sqrt(torch.mean(torch.square(x), dim=1, keepdim=True) + 1e-5) * w,
+    "constant first": lambda x, w: x * torch.rsqrt(1e-6 + x.pow(2).mean(-1, keepdim=True)) * w,
+    "no weight": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+}
+
+
+class Model(nn.Module):
+    """Behind(norm(front(x))) with eight channels, of which three are constants."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor], values: tuple[float, ...]) -> None:
+        super().__init__()
+        self.front, self.behind = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.weight = nn.Parameter(torch.ones(8))
+        self.norm = [norm]
+        randomized(self)
+        kill(self.front, range(len(values)))
+        with torch.no_grad():
+            self.front.bias[: len(values)] = torch.tensor(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(self.norm[0](self.front(x), self.weight))
+        return y
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (1.0, -2.0, 0.5)])
+@pytest.mark.parametrize("name", RMS)
+def test_rms_norms(name: str, values: tuple[float, ...]) -> None:
+    """Constants go, whatever they are: zeros for nothing, others for one channel of 1/rms."""
+    width = 5 + (values[0] != 0)
+    check(Model(RMS[name], values), (X,), kept={"front.weight": (5, 6), "behind.weight": (5, width)})
+
+
+@pytest.mark.parametrize("name", RMS)
+def test_form(name: str) -> None:
+    gm = fx.symbolic_trace(Model(RMS[name], (0.0,)).double())
+    x = X.double()
+    wanted = gm(x)
+    result = RaiseNorms([x])(gm)
+    assert result.modified
+    assert [n.target for n in gm.graph.nodes if n.op.startswith("call")] == ["front", F.rms_norm, "behind"]
+    torch.testing.assert_close(gm(x), wanted, rtol=1e-12, atol=1e-12)
+    assert not RaiseNorms([x])(gm).modified
+
+
+NEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "other axis": lambda x, w: x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6) * w,
+    "sum": lambda x, w: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) * w,
+    "cube": lambda x, w: x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + 1e-6) * w,
+    "another operand": lambda x, w: (x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+    "no keepdim": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1e-6) * w,
+    "scaled": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) * 2 + 1e-6) * w,
+    "sqrt": lambda x, w: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+    "inverse": lambda x, w: torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) / x,
+    "alpha": lambda x, w: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1e-6, alpha=2)) * w,
+    "eps that varies": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x[:, 4:5].abs()) * w,
+    "detached": lambda x, w: x * torch.rsqrt(x.detach().pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses(name: str) -> None:
+    gm = fx.symbolic_trace(Model(NEAR[name], (0.0,)).double())
+    assert not RaiseNorms([X.double()])(gm).modified
+    check(Model(NEAR[name], (0.0, 1.0)), (X,))
+
+
+def test_the_statistics_are_read_too() -> None:
+    """1/rms has two readers: the product is left, and so is the rest."""
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x * r * w + r
+
+    assert not RaiseNorms([X])(fx.symbolic_trace(Model(norm, (0.0,)))).modified
+    check(Model(norm, (0.0, 1.0)), (X,))
+
+
+def test_the_normalised_value_is_read_too() -> None:
+    """Then the weight stays apart."""
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y * w + y
+
+    gm = fx.symbolic_trace(Model(norm, (0.0,)))
+    assert RaiseNorms([X])(gm).modified
+    assert next(n for n in gm.graph.nodes if n.target is F.rms_norm).args[2] is None
+    check(Model(norm, (0.0, 1.0)), (X,))
+
+
+def test_less_precision_than_the_operand() -> None:
+    """A float64 model that normalises in float32 keeps doing so."""
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        y = x.float()
+        return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    model = Model(norm, (0.0,))
+    refused = RaiseNorms([X.double()])(fx.symbolic_trace(model.double())).refusals
+    assert [r.reason for r in refused] == [Reason.UNSUPPORTED_DTYPE]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, gm = X.to(dtype), fx.symbolic_trace(model.to(dtype))
+        wanted, exact = gm(x).double(), model.double()(x.double())
+        model.to(dtype)
+        assert RaiseNorms([x])(gm).modified
+        found = gm(x)
+        assert found.dtype == dtype
+        assert (found.double() - exact).abs().max() <= 2 * (wanted - exact).abs().max() + 1e-6
+
+
+NATIVE: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "layer": lambda x, w: torch.native_layer_norm(x, [8], w, None, 1e-5)[0],
+    "aten layer": lambda x, w: aten.native_layer_norm.default(x, [8], w, w, 1e-3)[0],
+    "group": lambda x, w: aten.native_group_norm.default(x, w, w, 4, 8, 1, 2, 1e-5)[0],
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native(name: str) -> None:
+    gm = fx.symbolic_trace(Model(NATIVE[name], (0.0,)).double())
+    x = X.double()
+    wanted = gm(x)
+    assert RaiseNorms([x])(gm).modified
+    assert not any(
+        n.target in (aten.native_layer_norm.default, torch.native_layer_norm) for n in gm.graph.nodes
+    )
+    torch.testing.assert_close(gm(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_native_statistics_are_read_too() -> None:
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        found = torch.native_layer_norm(x, [8], w, None, 1e-5)
+        return found[0] + found[1]
+
+    refused = RaiseNorms([X])(fx.symbolic_trace(Model(norm, (0.0,)))).refusals
+    assert [r.reason for r in refused] == [Reason.OTHER_READERS]
+    check(Model(norm, (0.0, 1.0)), (X,))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 8)])
+def test_decomposed_exports(norm: nn.Module) -> None:
+    """What run_decompositions leaves of a model shrinks as the model itself does."""
+    model = randomized(nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 5))).double()
+    kill(model[0], [1, 2, 6])
+    kill(model[2], columns=[1, 2, 6] if isinstance(norm, nn.GroupNorm) else [])
+    x = X.double()
+    exported = torch.export.export(model, (x,)).run_decompositions().module()
+    small = minimize(exported, (x,))
+    assert shapes(small)["0.weight"] == (5, 6)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+    assert shapes(minimize(small, (x,))) == shapes(small)
