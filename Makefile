@@ -46,7 +46,7 @@ format: $(VENV)/test.stamp
 
 # srfx/passes is a link to passes/, so one package name covers both.
 types: $(VENV)/test.stamp
-	$(VENV)/bin/mypy srfx benchmarks
+	$(VENV)/bin/mypy srfx
 
 wheel: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest tests/test_packaging.py

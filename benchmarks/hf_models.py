@@ -294,7 +294,7 @@ def _matrix(m: nn.Module) -> Tensor | None:
 
 def _kill_stream(model: nn.Module, kind: Kind, channels: Tensor) -> None:
     width = kind.width
-    for name, m in model.named_modules():
+    for m in model.modules():
         weight, bias = _matrix(m), getattr(m, "bias", None)
         if weight is not None and weight.shape[0] == width:
             weight[channels] = 0

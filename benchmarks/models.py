@@ -65,7 +65,9 @@ def _is_made_float(node: fx.Node) -> bool:
     if not isinstance(made, Tensor) or not made.is_floating_point() or schema is None:
         return False
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return not tensors and any(a.name == "dtype" for a in schema.arguments) and node.kwargs.get("dtype") is None
+    return (
+        not tensors and any(a.name == "dtype" for a in schema.arguments) and node.kwargs.get("dtype") is None
+    )
 
 
 def _wide(raw: Any) -> Any:
@@ -210,7 +212,9 @@ Exported with a dynamic batch, run in float64 at two batch sizes. {len(exact)} o
                 f"{_counts(r['refusals'])} | {_counts(r['unknown'])} |"
             )
         else:
-            lines.append(f"| {r['name']} | | | | {r['status']} | {r.get('message', '').splitlines()[0][:80]} | |")
+            lines.append(
+                f"| {r['name']} | | | | {r['status']} | {r.get('message', '').splitlines()[0][:80]} | |"
+            )
     return head + "\n".join(lines) + "\n"
 
 
@@ -222,7 +226,9 @@ def _version() -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--limit-s", type=float, default=180.0)

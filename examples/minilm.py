@@ -120,7 +120,7 @@ def exported(model: nn.Module, inputs: dict[str, Tensor]) -> fx.GraphModule:
     sizes = {0: torch.export.Dim("sentences", min=2), 1: torch.export.Dim("tokens", min=2, max=512)}
     with torch.no_grad():
         program = torch.export.export(
-            model, (), kwargs=inputs, strict=False, dynamic_shapes={k: sizes for k in inputs}
+            model, (), kwargs=inputs, strict=False, dynamic_shapes=dict.fromkeys(inputs, sizes)
         )
     return program.module(check_guards=False)  # type: ignore[return-value]
 
@@ -162,7 +162,9 @@ def error_in_float64(model: nn.Module, inputs: dict[str, Tensor]) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sparsity", type=float, nargs="+", help="instead of each method's own")
     args = parser.parse_args()
     dense, inputs = load()

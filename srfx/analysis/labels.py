@@ -40,7 +40,11 @@ def _moves_floats(site: Site, program: Program) -> bool:
     """Whether a call has to do with float tensors at all; positions and masks carry no channels."""
     hints = [program.hints.get(n) for n in (site.node, *site.node.all_input_nodes)]
     tensors = [t for t in pytree.tree_leaves(hints) if isinstance(t, Tensor)]
-    return site.call.module is not None or not tensors or any(t.is_floating_point() or t.is_complex() for t in tensors)
+    return (
+        site.call.module is not None
+        or not tensors
+        or any(t.is_floating_point() or t.is_complex() for t in tensors)
+    )
 
 
 def _target_name(site: Site) -> str:

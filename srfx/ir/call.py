@@ -184,7 +184,8 @@ def write_argument(node: fx.Node, signature: tuple[str, ...], name: str, value: 
     if name in plain:
         i = plain.index(name)
         if signature[i].startswith("*"):
-            spread = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            is_one = len(node.args) == i + 1 and isinstance(node.args[i], (tuple, list))
+            spread = tuple(value) if isinstance(value, (tuple, list)) and not is_one else (value,)
             node.args = (*node.args[:i], *spread)
             return
         if i < len(node.args):

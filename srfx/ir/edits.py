@@ -199,16 +199,22 @@ class PickFromTable(GraphEdit):
     """This call reads only the kept positions of node ``operand``, of another set for each head where they differ.
 
     ``selections``: (axis of the result, index); an index of one axis selects, a ragged one gathers and broadcasts.
+    ``n_missing``: leading axes of the result that the table does not have.
     """
 
     operand: str
     path: str
     selections: tuple[tuple[int, Tensor], ...]
     rank: int
+    n_missing: int = 0
 
     def apply(self, editor: GraphEditor) -> None:
         node, table = editor.nodes[self.node], editor.nodes[self.operand]
         graph, picked = editor.gm.graph, editor.nodes[self.operand]
+        if self.n_missing and any(index.dim() > 1 for _, index in self.selections):
+            with graph.inserting_before(node):
+                entry = ((None,) * self.n_missing + (Ellipsis,),)
+                picked = graph.call_function(operator.getitem, (picked, *entry))
         for axis, index in self.selections:
             set_attr(editor.gm, f"{self.path}_{axis}", index)
             stored = editor.attribute_node(f"{self.path}_{axis}", node)

@@ -87,7 +87,7 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Populati
         return normalise_plain(x, weight, bias, p)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if needs_grad:
-        out: Tensor = _QuickForm.apply(x, weight, bias, p)
+        out: Tensor = _QuickForm.apply(x, weight, bias, p)  # type: ignore[no-untyped-call, unused-ignore]
         return out
     return _normalise_quick(x, weight, bias, p)[0]
 

@@ -53,8 +53,7 @@ class Product(OpRule):
         batch = labels.unify(
             [(_narrowed(left, [rank - 2], labels), (*wide_a[:-2], 1, wide_a[-1])),
              (_narrowed(right, [rank - 2], labels), (*wide_b[:-2], 1, wide_b[-2]))], rank, site)  # fmt: skip
-        found = {axis: f for axis, f in batch.items() if axis < rank - 2}
-        found = {axis: f for axis, f in _narrowed(found, [rank - 1], labels).items()}
+        found = _narrowed({axis: f for axis, f in batch.items() if axis < rank - 2}, [rank - 1], labels)
         rows = _narrowed(left, [rank - 1], labels).get(rank - 2)
         columns = _narrowed(_turned(right), [rank - 2], labels).get(rank - 1)
         if rows is not None:
@@ -212,20 +211,13 @@ def _over_tokens(facts: FactTable, value: Value) -> Constancy:
     return c.settle(set(range(rank)) - {rank - 2})
 
 
-@op_rule(F.scaled_dot_product_attention, DropoutAttention, aten.scaled_dot_product_attention.default)
+@op_rule(F.scaled_dot_product_attention, DropoutAttention,
+         (aten.scaled_dot_product_attention.default, "query key value attn_mask dropout_p is_causal"))  # fmt: skip
 class Attention(OpRule):
     """y = softmax(q k^T scale + mask) v.  q [.., Tq, D], k [.., Tk, D], v [.., Tk, Dv] -> y [.., Tq, Dv]."""
 
-    signature: tuple[str, ...] = (
-        "query",
-        "key",
-        "value",
-        "attn_mask",
-        "dropout_p",
-        "is_causal",
-        "scale",
-        "enable_gqa",
-    )
+    # scale and enable_gqa are keywords only
+    signature: tuple[str, ...] = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
     def operands(self, call: Call) -> tuple[Value, Value, Value]:
         q, k, v = (call.value(name) for name in ("query", "key", "value"))
@@ -249,7 +241,7 @@ class Attention(OpRule):
             heads.append(self._operand(call, labels, mask, rank, keep_lanes=False))
         labels.unify(lanes, rank, site)
         found = labels.unify(heads, rank, site)
-        values, shape = self._operand(call, labels, v, rank, keep_lanes=True)
+        values, _ = self._operand(call, labels, v, rank, keep_lanes=True)
         if rank - 1 in values:
             found[rank - 1] = values[rank - 1]
         return found
@@ -269,7 +261,10 @@ class Attention(OpRule):
             return super().forward(call, facts)
         c = _over_tokens(facts, self.operands(call)[2])
         lead = (1,) * (len(call.out_shape) - c.varies.dim())
-        varies, value = c.varies.cpu().view(lead + c.varies.shape), c.value.double().cpu().view(lead + c.value.shape)
+        varies, value = (
+            c.varies.cpu().view(lead + c.varies.shape),
+            c.value.double().cpu().view(lead + c.value.shape),
+        )
         certain = self.sees_a_key(call) and not call.get("dropout_p", 0.0)
         return Constancy(varies if certain else varies | (value != 0), value)
 

@@ -344,7 +344,7 @@ class Contraction(OpRule):
     def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         if self.refused(call) is not None or not self.is_private(call, facts):
             return []
-        x, w, live = self.x(call), self.w(call), facts.liveness(call.node)
+        w, live = self.w(call), facts.liveness(call.node)
         assert isinstance(w, Param)
         c = self.known(call, facts)
         varies = _positions(self._by_group(call, c.varies.cpu()))[0]  # [G, C]: private, so no outer positions
@@ -387,7 +387,9 @@ class Contraction(OpRule):
             at = facts.emitted.get(affine.norm, {}).get(name)
             if at is not None:
                 column = torch.zeros_like(column) if name == "one" and to_bias else column
-                before = 0.0 if bool(affine.mask[at]) else m[0, :, at].double().cpu()  # the norm emitted it already
+                before = (
+                    0.0 if bool(affine.mask[at]) else m[0, :, at].double().cpu()
+                )  # the norm emitted it already
                 m[0, :, at] = (before + column).to(new)
         return (
             columns[2].sum(-1).unsqueeze(0) if to_bias else torch.zeros(1, rows.numel(), dtype=torch.float64)

@@ -161,7 +161,7 @@ class Elementwise(OpRule):
             if steps:
                 found.append(
                     PickFromTable(
-                        call.node.name, node.name, f"{call.node.name}_{node.name}", tuple(steps), rank
+                        call.node.name, node.name, f"{call.node.name}_{node.name}", tuple(steps), rank, shift
                     )
                 )
         return found

@@ -375,7 +375,9 @@ class GetItem(AlongAxis):
         fields = dict(labels.of(source))
         fields = self.known_fields(call, labels, fields)
         if len(parsed.takes) > 1 or parsed.picked or None in parsed.entries:
-            for axis in parsed.irregular():  # positions that are no run, beside other entries, have no plain form
+            for (
+                axis
+            ) in parsed.irregular():  # positions that are no run, beside other entries, have no plain form
                 labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
         for axis, at in parsed.picked.items():
             if axis in fields:

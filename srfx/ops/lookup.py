@@ -52,9 +52,7 @@ class Gather(OpRule):
         labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
         fields = _without(labels.of(source), axis, labels)
         shape = tuple(1 if a == axis else n for a, n in enumerate(call.out_shape))
-        return labels.unify(
-            [(fields, shape), (labels.of(index), call.out_shape)], len(shape), call.node.name
-        )
+        return labels.unify([(fields, shape), (labels.of(index), call.out_shape)], len(shape), call.node.name)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         found = self._operands(call) if call.out_shape else None
@@ -100,7 +98,9 @@ class Lookup(OpRule):
         raw = call.bound.get("indices", call.bound.get("index"))
         entries = list(raw) if isinstance(raw, (list, tuple)) else [raw]
         tensors = [(axis, e) for axis, e in enumerate(entries) if isinstance(e, (fx.Node, Tensor))]
-        if len(tensors) != 1 or any(e is not None and e != slice(None) for e in entries if e is not tensors[0][1]):
+        if len(tensors) != 1 or any(
+            e is not None and e != slice(None) for e in entries if e is not tensors[0][1]
+        ):
             return None
         if any(e is None for e in entries) and "indices" not in call.bound:
             return None  # None makes a new axis in Python's indexing, and takes a whole one in ATen's

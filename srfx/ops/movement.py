@@ -70,7 +70,9 @@ class Movement(OpRule):
         before, steps = facts.constancy(self.source(call)), self.steps(call)
         dynamic = self.dynamic_axes(call, facts.labeller)
         if dynamic:  # any part of these axes may be taken: constant only where the whole axis is
-            before = replace(before.settle(set(range(before.value.dim())) - set(dynamic)), sums_to_one=None, affine=None)
+            before = replace(
+                before.settle(set(range(before.value.dim())) - set(dynamic)), sums_to_one=None, affine=None
+            )
         affine = self.carry_affine(call, before.affine)
         total = None if before.sums_to_one is None else follow(steps, before.sums_to_one)
         if any(isinstance(s, Take) and bool((s.source < 0).any()) for s in steps):
@@ -423,7 +425,11 @@ class Roll(AlongAxis):
         if not labels.is_dynamic(call.bound.get("shifts")):
             return []
         takes = [s for s in self.steps(call) if isinstance(s, Take)]
-        return [s.axis for s in takes] if len(takes) == len(self.steps(call)) else list(range(len(call.out_shape)))
+        return (
+            [s.axis for s in takes]
+            if len(takes) == len(self.steps(call))
+            else list(range(len(call.out_shape)))
+        )
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         steps = self.steps(call)
@@ -581,7 +587,11 @@ class RepeatInterleave(AlongAxis):
     def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
         if not labels.is_dynamic(call.bound.get("repeats")):
             return []
-        return list(range(len(call.shape(self.source(call))))) if call.get("dim") is None else [self.selection(call).axis]
+        return (
+            list(range(len(call.shape(self.source(call)))))
+            if call.get("dim") is None
+            else [self.selection(call).axis]
+        )
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return call.values()

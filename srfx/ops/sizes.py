@@ -57,7 +57,9 @@ def positions(facts: FactTable, fields: Fields, axis: int, source: Tensor, taken
     """Where the kept part of a selection finds its sources once the operand is compacted, [kept].
 
     Args:
+        facts: with the kept set.
         fields: of the operand.
+        axis: along which is selected.
         source: [n] original positions, -1 for new ones (they stay -1).
         taken: kept flags of the result along the axis, a layout tensor.
     """

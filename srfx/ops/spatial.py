@@ -136,7 +136,9 @@ class InstanceNorm(PerChannel):
             value = call.value(name)
             if value is not None:
                 axis = self.channel_axis(call)
-                column = labels.of(value)[0].view([-1 if a == axis else 1 for a in range(len(self._lead(call)))])
+                column = labels.of(value)[0].view(
+                    [-1 if a == axis else 1 for a in range(len(self._lead(call)))]
+                )
                 found = {axis: column}
                 operands.append((found, tuple(n if a == axis else 1 for a, n in enumerate(self._lead(call)))))
         return labels.unify(operands, len(self._lead(call)), call.node.name)
@@ -283,7 +285,9 @@ def _register_pools(d: int) -> None:
     homes = [(nn, f"AvgPool{d}d"), (F, f"avg_pool{d}d"), (aten, f"avg_pool{d}d")]
     op_rule(*_spellings(homes), n_spatial=d)(AveragePool)
     op_rule(*_spellings([(nn, f"LPPool{d}d"), (F, f"lp_pool{d}d")]), n_spatial=d)(PowerPool)
-    op_rule(*_spellings((nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication", "Circular")), n_spatial=d)(PerChannel)
+    op_rule(*_spellings((nn, f"{m}Pad{d}d") for m in ("Reflection", "Replication", "Circular")), n_spatial=d)(
+        PerChannel
+    )
 
 
 def _register() -> None:

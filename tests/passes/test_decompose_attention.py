@@ -24,6 +24,11 @@ E, H, T, S, N = 12, 3, 5, 7, 4
 KINDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
 
 
+def describe(options: dict[str, Any]) -> str:
+    """A test id without addresses, so that every worker collects the same tests."""
+    return "-".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()) or "plain"
+
+
 class Caller(nn.Module):
     """Calls one module with some of the inputs by name and some literals."""
 
@@ -139,7 +144,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("batch_first", "is_batched"), [(True, True), (False, True), (False, False), (True, False)]
 )
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=describe)
 def test_every_option(options, batch_first, is_batched, need):
     mha = away_from_default(nn.MultiheadAttention(E, H, batch_first=batch_first, **options))
     literals = {
@@ -269,7 +274,7 @@ def layer_options():
         yield {"norm_first": norm_first, "batch_first": batch_first, "activation": activation}
 
 
-@pytest.mark.parametrize("options", layer_options(), ids=str)
+@pytest.mark.parametrize("options", layer_options(), ids=describe)
 @pytest.mark.parametrize("bias", [True, False])
 def test_encoder_layer(options, bias):
     layer = away_from_default(nn.TransformerEncoderLayer(E, H, 16, 0.1, bias=bias, **options))
@@ -277,7 +282,7 @@ def test_encoder_layer(options, bias):
     check(Caller(layer, ["src"]).eval(), (x,))
 
 
-@pytest.mark.parametrize("options", layer_options(), ids=str)
+@pytest.mark.parametrize("options", layer_options(), ids=describe)
 def test_decoder_layer(options):
     layer = away_from_default(nn.TransformerDecoderLayer(E, H, 16, 0.0, **options))
     x, memory, _ = sequences(options["batch_first"])
