@@ -114,7 +114,17 @@ class Labeller:
             joint = list(torch.broadcast_shapes(*(g.shape for g in guards), _without(labels.shape, axis)))
             wide = labels.expand([labels.shape[axis] if d == axis else joint[d] for d in range(labels.dim())])
             rows = wide.movedim(axis, -1).reshape(-1, labels.shape[axis])
-            self.table.block(rows, [g.expand(joint).reshape(-1) for g in guards], site)
+            self._block(rows, [g.expand(joint).reshape(-1) for g in guards], site)
+
+    def _block(self, rows: Tensor, guards: list[Tensor], site: str) -> None:
+        """Rows that share all their lanes (those of one convolution group) may go one by one while lanes stay."""
+        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+        if not guards or distinct.shape[0] == rows.shape[0]:
+            self.table.block(rows, guards, site)
+            return
+        group = self.table.fresh(distinct.shape[0])
+        self.table.imply(guards[0], group[which], guards[1:])
+        self.table.block(distinct, [group], site)
 
     def _agreed(self, labels: Tensor, axis: int) -> Tensor:
         """Labels that have to agree along an axis: of two axes only one may differ along the other."""
