@@ -1,0 +1,227 @@
+"""Linear layers and convolutions: what goes, what is folded, what zero padding keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfx.ir.plan import Reason
+from tests.helpers import check, kill, masked, randomized
+
+X = torch.randn(2, 3, 6, 7)
+OTHER = (torch.randn(3, 3, 9, 8),)
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    model = randomized(nn.Sequential(*layers))
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"padding": "same"}, {"padding": "valid"}, {"stride": 2},
+                                     {"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}, {"bias": False},
+                                     {"padding": 1, "padding_mode": "circular"}])  # fmt: skip
+def test_convolutions(n: int, options: dict[str, object]) -> None:
+    """Three dead rows: nonzero constants, of which zero padding keeps one as a carrier."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    if options.get("padding_mode") == "reflect" and n == 3:
+        options = {**options, "padding_mode": "replicate"}
+    model = chain(conv(3, 8, 1), nn.ReLU6(), conv(8, 4, 3, **options))
+    with torch.no_grad():
+        model[0].bias.abs_()
+    kill(model[0], [0, 3, 7])
+    has_border = options.get("padding") in (1, "same") and "padding_mode" not in options
+    size = (6, 7, 5)[:n]
+    kept = {"0.weight": (6 if has_border else 5, 3, *[1] * n)}
+    check(
+        model, (torch.randn(2, 3, *size),), others=[(torch.randn(3, 3, *[s + 2 for s in size]),)], kept=kept
+    )
+
+
+def test_border_of_constants_of_other_sizes_and_a_kept_carrier() -> None:
+    model = chain(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1)
+    )
+    kill(model[0], [0, 3, 7])
+    check(model, (X,), others=[OTHER], kept={"0.weight": (6, 3, 3, 3), "3.weight": (4, 6, 3, 3)})
+
+
+def test_rows_whose_sum_is_zero_are_not_dead() -> None:
+    model = chain(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        model[0].weight[2] = torch.tensor([0.5, -1.0, 0.5]).view(3, 1, 1)
+    check(model, (X,), kept={"0.weight": (6, 3, 1, 1)})
+
+
+def test_a_row_that_is_constant_only_after_folding() -> None:
+    model = chain(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    kill(model[0], [0, 1])
+    with torch.no_grad():
+        model[2].weight[3, 2:] = 0  # reads dead channels alone
+    check(model, (torch.randn(5, 4),), kept={"0.weight": (4, 4), "2.weight": (4, 4), "4.weight": (3, 4)})
+
+
+def test_dead_rows_of_the_output_layer_are_restored() -> None:
+    model = chain(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+    kill(model[2], [1, 4])
+    found = check(model, (torch.randn(5, 4),), kept={"2.weight": (3, 6)})
+    assert found["symbolic"].small(torch.randn(2, 4).double()).shape == (2, 5)
+
+
+def test_features_nobody_reads_stay_at_the_interface() -> None:
+    model = chain(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+    kill(model[0], columns=[0, 2])
+    check(model, (torch.randn(5, 4),), kept={"0.weight": (6, 4)})
+
+
+@pytest.mark.parametrize("layers", [["0"], ["2"], ["4"], ["0", "2", "4"]])
+def test_a_whole_layer_dead(layers: list[str]) -> None:
+    model = chain(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    )
+    check(masked(model, whole=layers, rows=0, columns=0, zeros=0), (X,), others=[OTHER])
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise(multiplier: int, padding: int, bias: bool) -> None:
+    """A zero producer in front of a depthwise convolution with a bias gives its bias."""
+    n = 6 * multiplier
+    model = chain(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, n, 3, padding=padding, groups=6), nn.Conv2d(n, 4, 1)
+    )
+    kill(model[0], [1, 4], bias=bias)
+    with torch.no_grad():
+        model[0].bias.abs_()
+    kept = {"0.weight": (4, 3, 1, 1), "2.weight": (4 * multiplier, 1, 3, 3)} if bias or not padding else None
+    check(model, (X,), others=[OTHER], kept=kept)
+
+
+@pytest.mark.parametrize("dead", [[0, 4], [0, 1, 2, 3], [0, 1, 5]])
+def test_grouped(dead: list[int]) -> None:
+    """Two groups of four: equal counts stay, a whole group may go."""
+    model = chain(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 4, 1))
+    kill(model[0], dead)
+    kill(model[2], [0, 1, 2] if len(dead) == 4 else [0, 3])
+    kept = {2: (4, 3, 3, 3), 4: (3, 4, 3, 3), 3: (4, 3, 3, 3)}[len(dead)]
+    check(model, (X,), others=[OTHER], kept={"2.weight": kept}, idempotent=len(dead) != 4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed(n: int, groups: int) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1]
+    model = chain(
+        conv(3, 8, 1), nn.ReLU(), up(8, 6, 3, stride=2, groups=groups, output_padding=1), conv(6, 4, 1)
+    )
+    kill(model[0], [0, 4], bias=True)
+    kill(model[2], columns=[1, 5])
+    size = (4, 5, 3)[:n]
+    check(model, (torch.randn(2, 3, *size),), kept={"0.weight": (4, 3, *[1] * n)})
+
+
+class Functional(nn.Module):
+    def __init__(self, op: Callable[..., Tensor], shape: tuple[int, ...], back: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape[0]))
+        self.back, self.op = back, op
+        randomized(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(torch.relu(self.op(x, self.weight, self.bias)))
+
+
+def test_functional_spellings() -> None:
+    model = Functional(lambda x, w, b: F.conv2d(x, w, b, padding=1), (8, 3, 3, 3), nn.Conv2d(8, 4, 1))
+    kill(model, [0, 3])
+    check(
+        model, (X,), others=[OTHER], kept={"weight": (6, 3, 3, 3), "bias": (6,), "back.weight": (4, 6, 1, 1)}
+    )
+    linear = {
+        "linear": F.linear,
+        "matmul": lambda x, w, b: x @ w.t() + b,
+        "mm": lambda x, w, b: torch.mm(x, w.T).add(b),
+        "addmm": lambda x, w, b: torch.addmm(b, x, w.t()),
+    }
+    for name, op in linear.items():
+        model = Functional(op, (8, 3), nn.Linear(8, 4))
+        kill(model, [0, 3])
+        check(model, (torch.randn(4, 3),), kept={"back.weight": (4, 6)} if name == "linear" else None)
+
+
+def test_a_convolution_used_twice() -> None:
+    """The call sites see different constants, so nothing is folded that differs between them."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.back = (
+                nn.Conv2d(3, 6, 1),
+                nn.Conv2d(6, 6, 3, padding=1),
+                nn.Conv2d(6, 2, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(F.relu(self.conv(F.relu(self.conv(torch.sigmoid(self.stem(x)))))))
+
+    for seed in range(4):
+        check(masked(randomized(Twice(), seed), seed), (X,), others=[OTHER])
+
+
+def test_tied_linear_layers() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                nn.Linear(4, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 2),
+            )
+            self.c.weight = self.b.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(torch.relu(self.c(torch.relu(self.b(torch.sigmoid(self.a(x)))))))
+
+    for seed in range(4):
+        found = check(masked(randomized(Tied(), seed), seed), (torch.randn(5, 4),))
+        small = found["symbolic"].small
+        names = dict(small.named_parameters(remove_duplicate=False))
+        if "b.weight" in names and "c.weight" in names:
+            assert names["b.weight"] is names["c.weight"]
+
+
+class Ends(nn.Module):
+    """Two inputs of which one may be None, a dict of outputs, a feature map among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> dict[str, object]:
+        z = F.relu(self.a(x)) + self.b(y)
+        if mask is not None:
+            z = z * mask
+        return {"map": z, "logits": self.head(z.mean((2, 3))), "pair": (z.amax((2, 3)), None)}
+
+
+def test_several_inputs_and_outputs() -> None:
+    model = randomized(Ends())
+    kill(model.a, [0, 1])
+    kill(model.b, [1, 2])
+    check(model, (X, X + 1), kept={"a.weight": (5, 3, 3, 3), "head.weight": (4, 5)}, routes=["export"])
+
+
+def test_a_weight_that_is_not_finite_is_a_barrier() -> None:
+    model = chain(nn.Linear(4, 6), nn.Linear(6, 3))
+    kill(model[0], [1])
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("inf")
+    check(model, (torch.randn(5, 4),), kept={"0.weight": (6, 4)}, reasons=[Reason.NON_FINITE])
