@@ -213,8 +213,8 @@ class PickFromTable(GraphEdit):
         graph, picked = editor.gm.graph, editor.nodes[self.operand]
         if self.n_missing and any(index.dim() > 1 for _, index in self.selections):
             with graph.inserting_before(node):
-                entry = ((None,) * self.n_missing + (Ellipsis,),)
-                picked = graph.call_function(operator.getitem, (picked, *entry))
+                entry: Any = (None,) * self.n_missing + (Ellipsis,)
+                picked = graph.call_function(operator.getitem, (picked, entry))
         for axis, index in self.selections:
             set_attr(editor.gm, f"{self.path}_{axis}", index)
             stored = editor.attribute_node(f"{self.path}_{axis}", node)

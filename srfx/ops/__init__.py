@@ -3,9 +3,11 @@
 from srfx.ops import (
     attention,
     contraction,
+    conv,
     elementwise,
     embedding,
     join,
+    linear,
     movement,
     norm,
     reduction,
@@ -16,9 +18,11 @@ from srfx.ops import (
 __all__ = [
     "attention",
     "contraction",
+    "conv",
     "elementwise",
     "embedding",
     "join",
+    "linear",
     "movement",
     "norm",
     "reduction",

@@ -22,9 +22,9 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.nn.attention import DropoutAttention
-from srfx.ops.contraction import MatmulWithParameter
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.invariance import is_shift_invariant
+from srfx.ops.linear import MatmulWithParameter
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import set_argument
@@ -280,7 +280,8 @@ class Attention(OpRule):
         if found is None:
             return False
         seen = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
-        return bool(seen.any(-1).all()) and bool((seen == seen[:1]).all())
+        alike = isinstance(mask, Param) or seen.dim() < 3 or bool((seen == seen[:1]).all())  # at any batch size
+        return alike and bool(seen.any(-1).all())
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if call.get("enable_gqa") or not isinstance(live, Tensor):

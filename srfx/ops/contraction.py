@@ -12,11 +12,9 @@ M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit, SetArgument, SetTensor
@@ -25,9 +23,7 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
-from srfx.ops.sizes import set_argument
 
 aten = torch.ops.aten
 
@@ -187,7 +183,7 @@ class Contraction(OpRule):
         axis, x = self.channel_axis(call), self.x(call)
         width = call.shape(x)[axis]
         t = t.expand([width if a == axis else n for a, n in enumerate(t.shape)])
-        return _split(t.movedim(axis, -1), -1, self.groups(call))
+        return split_axis(t.movedim(axis, -1), -1, self.groups(call))
 
     def _rows_layout(self, call: Call, t: Tensor) -> Tensor:
         """[outer.., G, R] as a layout tensor of the result."""
@@ -197,7 +193,7 @@ class Contraction(OpRule):
         axis = self.channel_axis(call)
         width = call.out_shape[axis]
         live = live.expand([width if a == axis else n for a, n in enumerate(live.shape)])
-        return _split(live.movedim(axis, -1), -1, self.groups(call))
+        return split_axis(live.movedim(axis, -1), -1, self.groups(call))
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         if self.refused(call) is not None:
@@ -468,7 +464,7 @@ def _positions(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[-2:])
 
 
-def _split(t: Tensor, axis: int, groups: int) -> Tensor:
+def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
     """The view of one axis as [groups, rest]."""
     found: Tensor = t.unflatten(axis, (groups, -1))
     return found
@@ -485,253 +481,3 @@ def _rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
 def _columns_read(flags: Tensor, reads: Tensor) -> Tensor:
     """Columns that some flagged row reads: [outer.., G, R] bool and [G, R, C] uint8 give [outer.., G, C] bool."""
     return (reads & flags.to(torch.uint8).unsqueeze(-1)).amax(-2) > 0
-
-
-# ------------------------------------------------------------------------------------------ linear
-@op_rule(nn.Linear, F.linear, aten.linear.default)
-class Linear(Contraction):
-    """y = x W^T + b.  x [.., C_in], W [C_out, C_in], b [C_out] -> y [.., C_out]."""
-
-    def channel_axis(self, call: Call) -> int:
-        return len(call.shape(self.x(call))) - 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.view(1, *weight.shape, 1)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        return m[0]
-
-    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        if call.module is None:
-            return []
-        return self.module_widths(call, facts, "in_features", "out_features")
-
-
-@op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
-class Addmm(Contraction):
-    """y = b + x W.  x [N, C_in], W [C_in, C_out], b [C_out]; scaled forms are barriers."""
-
-    def refused(self, call: Call) -> Reason | None:
-        if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:
-            return Reason.UNKNOWN_OP
-        bias = call.value("bias")
-        if bias is None or len(call.shape(bias)) != 1:
-            return Reason.UNKNOWN_OP
-        return super().refused(call)
-
-    def channel_axis(self, call: Call) -> int:
-        return len(call.shape(self.x(call))) - 1
-
-    def row_axis(self, call: Call) -> int:
-        return 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.t().unsqueeze(0).unsqueeze(-1)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        return m[0].t()
-
-
-# ------------------------------------------------------------------------------------------ convolution
-class Convolution(Contraction):
-    """y[n, r, p] = b[r] + sum_c,t W[r, c, t] x[n, c, s p + d t - pad].  W [C_out, C_in/G, *k]."""
-
-    signature: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-    def n_spatial(self, call: Call) -> int:
-        return len(call.shape(self.w(call))) - 2
-
-    def groups(self, call: Call) -> int:
-        return int(call.get("groups", 1))
-
-    def channel_axis(self, call: Call) -> int:
-        return len(call.out_shape) - self.n_spatial(call) - 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return _split(weight, 0, self.groups(call)).flatten(3)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        flat = m.flatten(0, 1)
-        return flat.view(*flat.shape, *(1 for _ in range(weight.dim() - 2)))
-
-    def has_border(self, call: Call) -> bool:
-        if call.module is not None and call.get("padding_mode", "zeros") != "zeros":
-            return False
-        padding = call.get("padding", 0)
-        if isinstance(padding, str):
-            return padding == "same" and any(k > 1 for k in call.shape(self.w(call))[2:])
-        return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
-
-    def outer(self, call: Call, labels: Labeller) -> Fields:
-        x, axis = self.x(call), self.channel_axis(call)
-        fields = dict(labels.of(x))
-        spatial = [a for a in fields if a > axis]
-        labels.pin(x, call.node.name, Reason.CHANNEL_MIXING, spatial)
-        fields = {a: f for a, f in fields.items() if a <= axis}
-        for a, f in fields.items():
-            for d in range(axis + 1, f.dim()):
-                if f.shape[d] > 1:
-                    labels.table.tie(f, f.narrow(d, 0, 1))
-                    f = fields[a] = f.narrow(d, 0, 1)
-        return fields
-
-    def known(self, call: Call, facts: FactTable) -> Constancy:
-        return super().known(call, facts).settle(range(self.channel_axis(call) + 1))
-
-    def _rows(self, call: Call, labels: Labeller, w: Value) -> Tensor:
-        """Row labels; those of a grouped weight's columns differ from group to group, so they are set here."""
-        if self.groups(call) > 1 and w not in labels.fields:
-            self._grouped_fields(call, labels, w)
-        return self._result_rows(call, labels.of(w))
-
-    def _grouped_fields(self, call: Call, labels: Labeller, w: Value) -> None:
-        shape = call.shape(w)
-        rank, g = len(shape), self.groups(call)
-        per_group = self._per_group(
-            call
-        )  # lanes along axis 1, one set of them for each group of axis-0 positions
-        lanes = labels.table.fresh(g, per_group).repeat_interleave(shape[0] // g, 0)
-        fields = {
-            a: labels.table.fresh(n).view([n if i == a else 1 for i in range(rank)])
-            for a, n in enumerate(shape)
-        }
-        fields[1] = lanes.view(shape[0], per_group, *(1 for _ in range(rank - 2)))
-        labels.fields[w] = fields
-
-    def _per_group(self, call: Call) -> int:
-        return call.shape(self.w(call))[1]
-
-    def _result_rows(self, call: Call, fields: Fields) -> Tensor:
-        return fields[0].reshape(-1)
-
-    def _operand_columns(self, call: Call, fields: Fields) -> Tensor:
-        """Labels of the operand's channels as the weight knows them, [C_in]."""
-        g, lanes = self.groups(call), fields[1].flatten(1)
-        return lanes.view(g, -1, lanes.shape[1])[:, 0].reshape(-1)
-
-    def _label_groups(self, call: Call, labels: Labeller, fields: Fields, rows: Tensor, g: int) -> None:
-        columns = self._operand_columns(call, labels.of(self.w(call)))
-        self._unify_columns(call, labels, fields, columns, len(call.shape(self.x(call))))
-        ins, outs, site = columns.view(g, -1), rows.view(g, -1), call.node.name
-        if ins.shape[1] == 1 and outs.shape[1] == 1:
-            labels.table.tie(ins, outs)
-            return
-        group = columns if ins.shape[1] == 1 else labels.table.fresh(g)
-        labels.table.block(ins, [group], site)
-        labels.table.block(outs, [group], site)
-
-    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        g = self.groups(call)
-        edits: list[GraphEdit] = []
-        if call.module is not None:
-            edits += self.module_widths(call, facts, "in_channels", "out_channels")
-        if g > 1:
-            axis = self.channel_axis(call)
-            stay = facts.is_kept(facts.fields(call.node)[axis]).reshape(g, -1).any(1)
-            if int(stay.sum()) != g:
-                edits.append(set_argument(call, "groups", int(stay.sum())))
-        return edits
-
-
-op_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, F.conv1d, F.conv2d, F.conv3d, aten.conv1d.default, aten.conv2d.default,
-        aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)(Convolution)  # fmt: skip
-
-
-class TransposedConvolution(Convolution):
-    """The adjoint of a convolution.  W [C_in, C_out/G, *k]; positions see different taps unless the kernel is 1."""
-
-    signature: tuple[str, ...] = (
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "output_padding",
-        "groups",
-        "dilation",
-    )
-
-    def row_axis(self, call: Call) -> int:
-        return 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return _split(weight, 0, self.groups(call)).transpose(1, 2).flatten(3)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        flat = m.transpose(1, 2).flatten(0, 1)
-        return flat.view(*flat.shape, *(1 for _ in range(weight.dim() - 2)))
-
-    def has_border(self, call: Call) -> bool:
-        ones = all(k == 1 for k in call.shape(self.w(call))[2:])
-        return not (ones and _all(call.get("stride", 1), 1) and _all(call.get("padding", 0), 0))
-
-    def _result_rows(self, call: Call, fields: Fields) -> Tensor:
-        if self.groups(call) == 1:
-            return fields[1].reshape(-1)
-        lanes = fields[1].flatten(1)
-        return lanes.view(self.groups(call), -1, lanes.shape[1])[:, 0].reshape(-1)
-
-    def _operand_columns(self, call: Call, fields: Fields) -> Tensor:
-        return fields[0].reshape(-1)
-
-
-op_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, F.conv_transpose1d, F.conv_transpose2d,
-        F.conv_transpose3d, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input)(TransposedConvolution)  # fmt: skip
-
-
-def _all(value: Any, wanted: int) -> bool:
-    return all(v == wanted for v in value) if isinstance(value, (tuple, list)) else value == wanted
-
-
-class _Convolution(Convolution):
-    """aten.convolution with ``transposed`` False."""
-
-    signature: tuple[str, ...] = (
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "dilation",
-        "transposed",
-        "output_padding",
-        "groups",
-    )
-
-    def refused(self, call: Call) -> Reason | None:
-        return Reason.UNKNOWN_OP if call.get("transposed") else super().refused(call)
-
-
-op_rule(aten.convolution.default)(_Convolution)
-
-
-class MatmulWithParameter(Linear):
-    """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind."""
-
-    signature: tuple[str, ...] = ("input", "weight")
-
-    def refused(self, call: Call) -> Reason | None:
-        w = call.value("weight")
-        if w is None or len(call.shape(w)) != 2:
-            return Reason.UNKNOWN_OP
-        return super().refused(call)
-
-    def row_axis(self, call: Call) -> int:
-        return 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.t().unsqueeze(0).unsqueeze(-1)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        return m[0].t()
-
-    takes_statistics = False
-
-    def is_private(self, call: Call, facts: FactTable) -> bool:
-        """A product has no bias to fold a nonzero constant into."""
-        constants = facts.constancy(self.x(call)).nonzero()
-        return super().is_private(call, facts) and not bool(constants.any())
-
-    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        return []

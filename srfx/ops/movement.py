@@ -310,9 +310,10 @@ class AlongAxis(Movement):
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         step, fields = self.selection(call), facts.fields(self.source(call))
-        if not facts.changed(fields, step.axis, step.extent):
+        after, extent = facts.fields(call.node), step.source.numel()
+        if not facts.changed(fields, step.axis, step.extent) and not facts.changed(after, step.axis, extent):
             return []
-        taken = facts.is_kept(facts.fields(call.node)[step.axis])
+        taken = facts.is_kept(after[step.axis])
         index = positions(facts, fields, step.axis, step.source, taken)
         return self.rewrite(call, step.axis, index)
 
@@ -346,7 +347,11 @@ class IndexSelect(AlongAxis):
         if index is not None:
             labels.pin(index, call.node.name, Reason.DATA_DEPENDENT)
         if self.index(call) is not None:
-            return super().label(call, labels)
+            return (
+                self._label_copies(call, labels)
+                if self._repeats(call, labels)
+                else super().label(call, labels)
+            )
         source = self.source(call)
         axis = _axis(call.get("dim"), len(call.out_shape))
         labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
@@ -354,6 +359,34 @@ class IndexSelect(AlongAxis):
         for f in fields.values():
             _flatten_ties(f, axis, labels)
         return {a: f.narrow(axis, 0, 1) for a, f in fields.items()}
+
+    def _repeats(self, call: Call, labels: Labeller) -> bool:
+        """Whether some position of a channel axis is taken more than once, as heads of keys for grouped queries are."""
+        take, fields = self.selection(call), labels.of(self.source(call))
+        if take.axis not in fields:
+            return bool(take.extent == 1)  # the one head of multi-query attention
+        if fields[take.axis].numel() != take.extent:
+            return False
+        return take.source.unique().numel() < take.source.numel()
+
+    def _label_copies(self, call: Call, labels: Labeller) -> Fields:
+        """Each copy may go by itself: a kept copy keeps its source, and has the lanes that its source has."""
+        take, fields, table = self.selection(call), labels.of(self.source(call)), labels.table
+        shape = [take.source.numel() if a == take.axis else 1 for a in range(len(call.out_shape))]
+        copies = table.fresh(take.source.numel()).view(shape)
+        if take.axis in fields:
+            table.imply(copies, take.apply(fields[take.axis]))
+        found: Fields = {take.axis: copies}
+        for axis, lanes in fields.items():
+            if axis == take.axis:
+                continue
+            found[axis] = lanes
+            if lanes.shape[take.axis] > 1:
+                moved = take.apply(lanes)
+                found[axis] = table.fresh(*moved.shape)
+                table.imply(found[axis], moved)
+                table.imply(moved, found[axis], [copies])
+        return found
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         if self.index(call) is not None:
@@ -373,7 +406,13 @@ class IndexSelect(AlongAxis):
         return call.values()
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        return super().compact(call, facts) if self.index(call) is not None else []
+        if self.index(call) is None:
+            return []
+        take, fields = self.selection(call), facts.fields(call.node)
+        if take.axis in facts.fields(self.source(call)) or take.axis not in fields:
+            return super().compact(call, facts)
+        n = facts.count(fields, take.axis)
+        return self.rewrite(call, take.axis, torch.zeros(n).long()) if n != take.source.numel() else []
 
 
 def _flatten_ties(labels: Tensor, axis: int, labeller: Labeller) -> None:

@@ -1,0 +1,93 @@
+"""Linear layers: linear, addmm, and a matmul with a stored matrix on the right (theory: Lemmas L1 to L3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srfx.ir.call import Call
+from srfx.ir.edits import GraphEdit
+from srfx.ir.plan import Reason
+from srfx.ops.contraction import Contraction
+from srfx.ops.facts import FactTable
+from srfx.ops.registry import op_rule
+
+aten = torch.ops.aten
+
+
+@op_rule(nn.Linear, F.linear, aten.linear.default)
+class Linear(Contraction):
+    """y = x W^T + b.  x [.., C_in], W [C_out, C_in], b [C_out] -> y [.., C_out]."""
+
+    def channel_axis(self, call: Call) -> int:
+        return len(call.shape(self.x(call))) - 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.view(1, *weight.shape, 1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0]
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        if call.module is None:
+            return []
+        return self.module_widths(call, facts, "in_features", "out_features")
+
+
+@op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
+class Addmm(Contraction):
+    """y = b + x W.  x [N, C_in], W [C_in, C_out], b [C_out]; scaled forms are barriers."""
+
+    def refused(self, call: Call) -> Reason | None:
+        if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:
+            return Reason.UNKNOWN_OP
+        bias = call.value("bias")
+        if bias is None or len(call.shape(bias)) != 1:
+            return Reason.UNKNOWN_OP
+        return super().refused(call)
+
+    def channel_axis(self, call: Call) -> int:
+        return len(call.shape(self.x(call))) - 1
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.t().unsqueeze(0).unsqueeze(-1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0].t()
+
+
+class MatmulWithParameter(Linear):
+    """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind."""
+
+    signature: tuple[str, ...] = ("input", "weight")
+
+    def refused(self, call: Call) -> Reason | None:
+        w = call.value("weight")
+        if w is None or len(call.shape(w)) != 2:
+            return Reason.UNKNOWN_OP
+        return super().refused(call)
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.t().unsqueeze(0).unsqueeze(-1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0].t()
+
+    takes_statistics = False
+
+    def is_private(self, call: Call, facts: FactTable) -> bool:
+        """A product has no bias to fold a nonzero constant into."""
+        constants = facts.constancy(self.x(call)).nonzero()
+        return super().is_private(call, facts) and not bool(constants.any())
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return []
