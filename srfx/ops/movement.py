@@ -367,7 +367,7 @@ class IndexSelect(AlongAxis):
             return bool(take.extent == 1)  # the one head of multi-query attention
         if fields[take.axis].numel() != take.extent:
             return False
-        return take.source.unique().numel() < take.source.numel()
+        return bool(take.source.unique().numel() < take.source.numel())
 
     def _label_copies(self, call: Call, labels: Labeller) -> Fields:
         """Each copy may go by itself: a kept copy keeps its source, and has the lanes that its source has."""
