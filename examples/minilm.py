@@ -171,7 +171,7 @@ def main() -> None:
     reference = embeddings(dense, inputs)
     table = Table(title="all-MiniLM-L6-v2, pruned and minimized")
     for column in ("pruned", "zeros", "MB before", "after", "ms before", "after", "error", "cosine"):
-        table.add_column(column, justify="left" if column == "pruned" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "pruned" else "right", min_width=len(column))
     for method, prune in METHODS.items():
         for sparsity in args.sparsity or SPARSITIES[method]:
             pruned = copy.deepcopy(dense)

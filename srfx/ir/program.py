@@ -117,13 +117,19 @@ class Program:
             else:
                 is_number = isinstance(hint, (int, float, bool, torch.Size, torch.dtype, torch.device))
                 made = is_number or (
-                    node.op.startswith("call") and all(n in ready for n in node.all_input_nodes)
+                    node.op.startswith("call")
+                    and all(n in ready for n in node.all_input_nodes)
+                    and not (node.op == "call_module" and next(self._trained(node), None) is not None)
                 )
             if made:
                 ready.add(node)
                 if isinstance(hint, Tensor) and hint.is_floating_point():
                     found.add(value)
         return found
+
+    def _trained(self, node: fx.Node) -> Iterator[Tensor]:
+        """Parameters of the called module."""
+        return self.modules[str(node.target)].parameters()
 
     def _count_sites(self) -> None:
         uses: Counter[int] = Counter()
