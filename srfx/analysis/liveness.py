@@ -41,8 +41,19 @@ def _demand_outputs(facts: FactTable) -> None:
         elif facts.program.is_tensor(node) and not isinstance(value, Param):
             c = facts.constancy(node)
             fields = facts.fields(node)
-            wanted = c.varies.cpu() | facts.kept_channels(node)
+            wanted = c.varies.cpu() | facts.kept_channels(node) | _restored(facts, node)
             _add(facts, {node: wanted if fields else torch.ones_like(c.varies)})
+
+
+def _restored(facts: FactTable, node: fx.Node) -> Tensor:
+    """Positions of an output that a template fills in already: cutting them again would only restore them again."""
+    nothing = torch.zeros((1,) * len(facts.program.shape(node)), dtype=torch.bool)
+    if node.target not in (torch.where, torch.ops.aten.where.self) or len(node.args) != 3:
+        return nothing
+    mask, _, template = (facts.program.value(a) if isinstance(a, fx.Node) else None for a in node.args)
+    if not isinstance(mask, Param) or not isinstance(template, Param) or mask.tensor.dtype != torch.bool:
+        return nothing
+    return nothing | ~mask.tensor.cpu()
 
 
 def _add(facts: FactTable, demand: Demand) -> None:
