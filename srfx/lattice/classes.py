@@ -54,11 +54,11 @@ class Classes:
         for guards, _, target in table.implications:
             by_arity.setdefault(guards.shape[0], []).append((rep[guards], rep[target]))
         arities = sorted(by_arity)
-        blocks: dict[tuple[tuple[int, ...], bytes, bytes], Block] = {}
+        blocks: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], Block] = {}
         for b in table.blocks:
             rows, guards = rep[b.rows], rep[b.guards]
             blocks.setdefault(
-                (tuple(rows.shape), rows.numpy().tobytes(), guards.numpy().tobytes()),
+                (tuple(rows.shape), tuple(rows.flatten().tolist()), tuple(guards.flatten().tolist())),
                 Block(rows, guards, b.site),
             )
         pinned = torch.zeros(table.size, dtype=torch.bool)

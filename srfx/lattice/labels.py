@@ -49,7 +49,7 @@ class LabelTable:
     implications: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    _seen_blocks: set[tuple[tuple[int, ...], bytes, bytes]] = field(default_factory=set)
+    _seen_blocks: set[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=set)
 
     def fresh(self, *shape: int) -> Tensor:
         """New labels, numbered in row-major order of ``shape``."""
@@ -80,7 +80,7 @@ class LabelTable:
     def block(self, rows: Tensor, guards: list[Tensor], site: str) -> None:
         """Rows [R, n] keep equally many lanes each; a kept lane keeps its guards, each [R]."""
         stacked = torch.stack(guards, 1) if guards else rows.new_empty(rows.shape[0], 0)
-        key = (tuple(rows.shape), rows.numpy().tobytes(), stacked.numpy().tobytes())
+        key = (tuple(rows.shape), tuple(rows.flatten().tolist()), tuple(stacked.flatten().tolist()))
         if key not in self._seen_blocks:
             self._seen_blocks.add(key)
             self.blocks.append(Block(rows, stacked, site))
