@@ -236,6 +236,7 @@ class Bypass(GraphEdit):
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
         node.replace_all_uses_with(editor.nodes[self.by])
+        editor.nodes[self.node] = editor.nodes[self.by]  # what a later edit means by this name
 
 
 @dataclass(frozen=True)

@@ -505,3 +505,26 @@ def test_constant_operand_becomes_a_stored_tensor() -> None:
 def test_random_masks_over_everything() -> None:
     for seed in range(3):
         check(masked(randomized(Gate(bool(seed % 2)), seed), seed, scales=0), (X,), others=[OTHER])
+
+
+def test_residual_branches_that_die_one_after_the_other() -> None:
+    """Each addition is bypassed; the second one's operand is the first, which is gone by then."""
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+            self.branches = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, bias=False)) for _ in range(3)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            for branch in self.branches:
+                y = y + branch(F.relu(y))
+            return self.fc(y.mean((2, 3)))
+
+    model = randomized(Stream())
+    for branch in model.branches:
+        kill(branch[2], range(6))
+    check(model, (X,), others=[OTHER], parameters=(3 * 6 + 6) + (6 * 2 + 2))
