@@ -89,7 +89,7 @@ def prepared(model: nn.Module, x: Tensor, seed: int) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("bias") or (p.dim() == 1 and "gain" not in name):
+            if name.endswith("bias") or p.dim() == 0 or (p.dim() == 1 and "gain" not in name):
                 p.add_(0.3 * torch.randn(p.shape, generator=g).to(p))
     return recalibrated(masked(model, seed, rows=0.3, columns=0.1, zeros=0.3, scales=0.1), (x,))
 
