@@ -32,7 +32,6 @@ from torch.utils import _pytree as pytree
 
 import srfx
 from benchmarks.hf_models import KINDS, Inputs, build, example, mask
-from benchmarks.hf_models import Kind as Kind
 
 ROOT = Path(__file__).parent.parent
 EXACT = 1e-9
@@ -81,7 +80,7 @@ def traced(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         program = torch.export.export(
             model, (), kwargs=inputs, strict=False, dynamic_shapes={k: {0: batch} for k in inputs}
         )
-    return double_throughout(program.module(check_guards=False))  # type: ignore[arg-type]
+    return double_throughout(program.module(check_guards=False))
 
 
 def error(before: nn.Module, after: nn.Module, inputs: Inputs) -> float:

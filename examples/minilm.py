@@ -22,6 +22,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -62,8 +63,8 @@ class Encoder(nn.Module):
 
 def load() -> tuple[Encoder, dict[str, Tensor]]:
     """The pretrained encoder and the tokenized sentences."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     path = str(get_model_path())
     bert = AutoModel.from_pretrained(path, local_files_only=True, add_pooling_layer=False)
     tokens = AutoTokenizer.from_pretrained(path, local_files_only=True)(
@@ -89,17 +90,17 @@ def prune_unstructured(model: Encoder, sparsity: float) -> None:
 @torch.no_grad()
 def prune_heads(model: Encoder, sparsity: float) -> None:
     """In every layer, zero the heads and the feed-forward channels with the smallest norms."""
-    bert = model.bert
-    n_heads = bert.config.num_attention_heads  # type: ignore[union-attr]
-    for layer in bert.encoder.layer:  # type: ignore[union-attr]
-        own, out = layer.attention.self, layer.attention.output.dense  # type: ignore[union-attr]
+    bert: Any = model.bert
+    n_heads = bert.config.num_attention_heads
+    for layer in bert.encoder.layer:
+        own, out = layer.attention.self, layer.attention.output.dense
         by_head = out.weight.unflatten(1, (n_heads, -1))  # [C, H, D]
         heads = by_head.square().sum((0, 2)).argsort()[: int(sparsity * n_heads)]
         by_head[:, heads] = 0
         for m in (own.query, own.key, own.value):
             m.weight.unflatten(0, (n_heads, -1))[heads] = 0
             m.bias.unflatten(0, (n_heads, -1))[heads] = 0
-        up, down = layer.intermediate.dense, layer.output.dense  # type: ignore[union-attr]
+        up, down = layer.intermediate.dense, layer.output.dense
         channels = (up.weight.norm(dim=1) * down.weight.norm(dim=0)).argsort()
         channels = channels[: int(sparsity * channels.numel())]
         up.weight[channels] = 0
@@ -122,7 +123,7 @@ def exported(model: nn.Module, inputs: dict[str, Tensor]) -> fx.GraphModule:
         program = torch.export.export(
             model, (), kwargs=inputs, strict=False, dynamic_shapes=dict.fromkeys(inputs, sizes)
         )
-    return program.module(check_guards=False)  # type: ignore[return-value]
+    return program.module(check_guards=False)
 
 
 def latency_ms(model: nn.Module, inputs: dict[str, Tensor], repeats: int = 15) -> float:
