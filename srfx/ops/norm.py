@@ -421,7 +421,7 @@ def _nonlinear(user: fx.Node, node: fx.Node, axis: int, program: Program) -> fx.
         tensors = [call.value(n) for n in ("weight", "bias")]
         is_shared = any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
         return user if rule.groups(call) > 1 or not rule.takes_statistics or is_shared else None
-    if isinstance(rule, Movement) and rule.source(call) is node:
+    if isinstance(rule, Movement) and rule.is_followed(call) and rule.source(call) is node:
         there = follow(rule.steps(call), axis)
         return user if there is None else nonlinear_reader(user, there, program)
     if isinstance(rule, Random) and not rule.is_active(call):

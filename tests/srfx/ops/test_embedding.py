@@ -193,3 +193,25 @@ def test_table_with_channels_beside_the_looked_up_axis() -> None:
     model = Table()
     kill(model.back, columns=[0, 5, 6])
     check(model, (IDS,))
+
+
+def test_norm_and_attention_scores_read_at_computed_positions() -> None:
+    """Indexing by a tensor that is no constant is no movement: whoever follows values past it has to ask first."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.norm, self.back = nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)
+            randomized(self)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            y = self.norm(self.front(x))
+            scores = (y @ y.transpose(-2, -1))[:, ids.clamp(0, T - 1)]
+            return self.back(y[:, ids.clamp(0, T - 1)]).flatten(1).sum(1) + scores.softmax(-1).flatten(1).sum(
+                1
+            )
+
+    model = Picked()
+    kill(model.front, rows=[0, 1])
+    kill(model.back, columns=[2])
+    check(model, (torch.randn(2, T, 4), torch.randint(0, T, (2,))), kept={"back.weight": (3, C)})
