@@ -280,7 +280,9 @@ class Attention(OpRule):
         if found is None:
             return False
         seen = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
-        alike = isinstance(mask, Param) or seen.dim() < 3 or bool((seen == seen[:1]).all())  # at any batch size
+        alike = (
+            isinstance(mask, Param) or seen.dim() < 3 or bool((seen == seen[:1]).all())
+        )  # at any batch size
         return alike and bool(seen.any(-1).all())
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:

@@ -217,7 +217,8 @@ def hold(stack: Stack) -> None:
     net = Network(stack).double()
     y = net(x.double())
     if bool(y.isfinite().all()):
-        check(net, (x,))
+        has_signal = not torch.equal(y[0], y[1])  # else every tensor is a leftover that only lends its shape
+        check(net, (x,), idempotent=has_signal)
 
 
 @settings(
