@@ -104,8 +104,10 @@ def mask_of(draw: Any) -> dict[str, float]:
 
 
 def varies(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether anything depends on the input.  Of a constant network only a shape is left to compute, by what is
-    left of its layers, and a second run may find less of them to be enough.
+    """Whether anything depends on the input.
+
+    Of a constant network only a shape is left to compute, by what is left of its layers, and a second run may find
+    less of them to be enough.
     """
     with torch.no_grad():
         one, two = model(*inputs), model(*(3 * x.flip(0) + 1 for x in inputs))
