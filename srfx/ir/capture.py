@@ -98,7 +98,9 @@ def capture(
     gm.graph._tracer_cls = None  # export's tracer class is local and cannot be pickled
     gm._tracer_cls = None
     for node in gm.graph.nodes:
-        if isinstance(node.type, str):  # a postponed annotation: torch 2.13 cannot pickle a graph that has one
+        if isinstance(
+            node.type, str
+        ):  # a postponed annotation: torch 2.13 cannot pickle a graph that has one
             node.type = None
     check_graph(gm)
     gm.recompile()
