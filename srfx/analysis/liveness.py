@@ -60,7 +60,7 @@ def _add(facts: FactTable, demand: Demand) -> None:
     for key, live in demand.items():
         if isinstance(key, tuple):
             node, i = key
-            parts = list(facts.live.get(node) or (None,) * len(facts.program.hints[node]))
+            parts = list(facts.live.get(node) or (None,) * len(facts.program.leaves(node)))
             parts[i] = live if parts[i] is None else parts[i] | live
             if bool(live.any()):
                 facts.live[node] = tuple(parts)
@@ -84,7 +84,7 @@ def _is_kept(facts: FactTable, node: fx.Node, present: set[Value]) -> bool:
 def _none(facts: FactTable, node: fx.Node) -> Tensor | tuple[Tensor | None, ...]:
     hint = facts.program.hints.get(node)
     if isinstance(hint, (tuple, list)) and not isinstance(hint, torch.Size):
-        return (None,) * len(hint)
+        return (None,) * len(facts.program.leaves(node))
     return torch.zeros((1,) * (hint.dim() if isinstance(hint, Tensor) else 0), dtype=torch.bool)
 
 

@@ -104,6 +104,11 @@ class Call:
         return self.program.hints.get(self.node)
 
     @property
+    def leaves(self) -> list[Any]:
+        """Hints of the elements of a tuple result, nested ones in a row."""
+        return self.program.leaves(self.node)
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         """Concrete hint shape of a tensor result."""
         return tuple(int(s) for s in self.output.shape)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from srfx.ir.attrs import get_attr
 
@@ -93,6 +94,10 @@ class Program:
                 torch.isfinite(tensor).all()
             )
         return self._finite[param]
+
+    def leaves(self, node: fx.Node) -> list[Any]:
+        """Hints of the elements of a tuple-valued node, nested ones in a row: facts of a tuple are in this order."""
+        return list(pytree.tree_leaves(self.hints.get(node)))
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node yields one tensor."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from srfx.ir.call import Call
 from srfx.ir.edits import GraphEdit, Ref, ReorderOperand, Retarget
@@ -341,6 +342,14 @@ class Unbind(Splitting):
         return super().label(call, labels)
 
 
+_F = TypeVar("_F")
+
+
+def _pick(facts: tuple[_F, ...], places: int | list[int]) -> _F | tuple[_F, ...]:
+    """The fact of an element of a tuple, or those of a tuple within it."""
+    return facts[places] if isinstance(places, int) else tuple(facts[i] for i in places)
+
+
 @op_rule(operator.getitem)
 class GetItem(AlongAxis):
     """Element of a tuple, or indexing of a tensor by ints, slices, None, Ellipsis and one constant index tensor."""
@@ -353,6 +362,12 @@ class GetItem(AlongAxis):
         hint = call.program.hints.get(node)
         return node if isinstance(hint, (tuple, list)) and not isinstance(hint, torch.Size) else None
 
+    def _places(self, call: Call, node: fx.Node, index: int | slice) -> int | list[int]:
+        """Where the element stands among the tuple's leaves; a list of places when it is a tuple itself."""
+        spec = pytree.tree_structure(call.program.hints[node])
+        found = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)[index]
+        return found if isinstance(found, int) else pytree.tree_leaves(found)
+
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:  # type: ignore[override]
         node = self._tuple(call)
         if node is not None:
@@ -362,7 +377,7 @@ class GetItem(AlongAxis):
                 and isinstance(index, (int, slice))
                 and isinstance(call.output, (Tensor, tuple, list))
             ):
-                return found[index]
+                return _pick(found, self._places(call, node, index))
             return {}
         if not isinstance(call.output, Tensor):
             if self._reads_tracked(call, labels):
@@ -410,7 +425,7 @@ class GetItem(AlongAxis):
         if node is not None:
             found, index = facts.constants.get(node), call.get("index")
             if isinstance(found, tuple) and isinstance(index, (int, slice)):
-                return found[index]
+                return _pick(found, self._places(call, node, index))
             return OpRule.forward(self, call, facts)
         if not isinstance(call.output, Tensor):  # a size, or some of them
             return Constancy.top(0)
@@ -422,12 +437,13 @@ class GetItem(AlongAxis):
         node = self._tuple(call)
         if node is not None:
             index = call.get("index")
-            if isinstance(index, slice) and isinstance(live, tuple):
-                chosen = range(len(call.program.hints[node]))[index]
-                return {(node, i): part for i, part in zip(chosen, live, strict=True) if part is not None}
-            if not isinstance(index, int) or not isinstance(live, Tensor):
+            if not isinstance(index, (int, slice)):
                 return {}
-            return {(node, index % len(call.program.hints[node])): live}
+            places = self._places(call, node, index)
+            if isinstance(places, int):
+                return {(node, places): live} if isinstance(live, Tensor) else {}
+            parts = live if isinstance(live, tuple) else (None,) * len(places)
+            return {(node, i): part for i, part in zip(places, parts, strict=True) if part is not None}
         if not isinstance(call.output, Tensor):
             return OpRule.backward(self, call, live, facts)
         if self._parse(call) is None:

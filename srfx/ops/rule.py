@@ -48,13 +48,13 @@ class OpRule:
                 for axis in fields:
                     labels.table.pin(fields[axis], call.node.name, self.barrier.name)
         output = call.output
-        return tuple({} for _ in output) if isinstance(output, (tuple, list)) else {}
+        return tuple({} for _ in call.leaves) if isinstance(output, (tuple, list)) else {}
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         """Which channels of the result are constant, from those of the operands."""
         output = call.output
         if isinstance(output, (tuple, list)):
-            return tuple(Constancy.top(o.dim() if isinstance(o, Tensor) else 0) for o in output)
+            return tuple(Constancy.top(o.dim() if isinstance(o, Tensor) else 0) for o in call.leaves)
         return Constancy.top(output.dim() if isinstance(output, Tensor) else 0)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
@@ -64,7 +64,7 @@ class OpRule:
             found = facts.labeller.fields.get(value)
             if isinstance(found, tuple):
                 assert not isinstance(value, torch.Tensor)
-                for i, hint in enumerate(facts.program.hints[value]):  # type: ignore[index]
+                for i, hint in enumerate(facts.program.leaves(value)):  # type: ignore[arg-type]
                     if isinstance(hint, Tensor):
                         demand[value, i] = everything(hint.dim())  # type: ignore[index]
             else:
