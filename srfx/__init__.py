@@ -1,7 +1,19 @@
 """srfx: exact structural minimization of masked networks."""
 
+from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups
 from srfx.minimize import minimize
 from srfx.report import Report, plan, report
 from srfx.verify import Verification, verify
 
-__all__ = ["Report", "Verification", "minimize", "plan", "report", "verify"]
+__all__ = [
+    "ChannelGroups",
+    "GroupPenalty",
+    "L1Penalty",
+    "Report",
+    "Verification",
+    "channel_groups",
+    "minimize",
+    "plan",
+    "report",
+    "verify",
+]

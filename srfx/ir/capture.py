@@ -85,7 +85,7 @@ def capture(
         raise CaptureError(
             f"expected an nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}"
         )
-    model = _unwrap(model)
+    model = unwrap(model)
     check_tensors(model)
     if isinstance(model, fx.GraphModule):
         check_graph(model)
@@ -117,7 +117,8 @@ def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):

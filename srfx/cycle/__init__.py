@@ -1,0 +1,6 @@
+"""The Squeeze-Release cycle: train under a penalty, prune, minimize, release what zeros are left, again."""
+
+from srfx.cycle.groups import ChannelGroups, GroupSlice, channel_groups
+from srfx.cycle.penalty import GroupPenalty, L1Penalty
+
+__all__ = ["ChannelGroups", "GroupPenalty", "GroupSlice", "L1Penalty", "channel_groups"]
