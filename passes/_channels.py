@@ -10,12 +10,16 @@ from srfx.lattice.movement import Permute, Regroup, Step, Take
 from srfx.ops.attention import Matmul
 from srfx.ops.contraction import Contraction
 from srfx.ops.elementwise import Elementwise
-from srfx.ops.join import Concat, GetItem, Indexing, Splitting
-from srfx.ops.movement import Copy, Expand, IndexSelect, Movement, Narrow, Reshaping, Select, View
+from srfx.ops.indexing import GetItem, Indexing
+from srfx.ops.join import Concat
+from srfx.ops.movement import Copy, Movement
 from srfx.ops.norm import LayerNorm
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule
+from srfx.ops.selection import IndexSelect, Narrow, Select
 from srfx.ops.spatial import PerChannel
+from srfx.ops.splitting import Splitting
+from srfx.ops.views import Expand, Reshaping, View
 from srfx.passes._fused_axis import AXIS_MOVES, is_fixed, view_sizes
 
 

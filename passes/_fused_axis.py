@@ -19,23 +19,13 @@ from torch import Tensor, fx
 from srfx.ir.call import Call
 from srfx.ir.program import Param, Program
 from srfx.lattice.movement import Permute, Regroup
-from srfx.ops.join import Indexing, Splitting
-from srfx.ops.movement import (
-    AlongAxis,
-    Copy,
-    Flatten,
-    MatrixTranspose,
-    MoveDim,
-    Movement,
-    Narrow,
-    PermuteAxes,
-    Reshaping,
-    Select,
-    Transpose,
-    Unflatten,
-    View,
-)
+from srfx.ops.indexing import Indexing
+from srfx.ops.movement import AlongAxis, Copy, Movement
+from srfx.ops.permute import MatrixTranspose, MoveDim, PermuteAxes, Transpose
 from srfx.ops.registry import resolve
+from srfx.ops.selection import Narrow, Select
+from srfx.ops.splitting import Splitting
+from srfx.ops.views import Flatten, Reshaping, Unflatten, View
 
 aten = torch.ops.aten
 

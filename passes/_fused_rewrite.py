@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from srfx.ir.program import Program
-from srfx.ops.movement import AlongAxis, Copy, Unflatten, View
+from srfx.ops.movement import AlongAxis, Copy
 from srfx.ops.registry import resolve
+from srfx.ops.views import Unflatten, View
 from srfx.passes._fused_axis import Hop, Pick, SizeRead, Track, flat_axes, node_name, view_sizes
 
 aten = torch.ops.aten

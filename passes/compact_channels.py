@@ -23,7 +23,8 @@ from srfx.analysis import analyse
 from srfx.analysis.calls import Site
 from srfx.analysis.liveness import executed
 from srfx.ir.attrs import drop_unused_attributes
-from srfx.ir.edits import CompactTensor, FreezeSize, GraphEdit, GraphEditor, RestoreOutput, SetTensor
+from srfx.ir.editor import GraphEdit, GraphEditor
+from srfx.ir.edits import CompactTensor, FreezeSize, RestoreOutput, SetTensor
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param
 from srfx.ir.shapes import hint_inputs, propagate

@@ -7,7 +7,7 @@ Followed literally, the view is a block of G rows that must stay rectangular and
 reorders them: whole classes are tied, 26 % of the parameters of shufflenet_v2.  As one op with a fixed
 permutation every channel keeps its own label.  `channel_shuffle` was preferred to an index_select with the
 permutation: a network that loses nothing there keeps a view and a copy and needs no index; only a shuffle that
-does lose channels becomes an index_select (rule `srfx.ops.join.ChannelShuffle`).
+does lose channels becomes an index_select (rule `srfx.ops.shuffle.ChannelShuffle`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.lattice.movement import Permute, Regroup, Step, walk
-from srfx.ops.movement import Copy, MoveDim, PermuteAxes, Reshaping, Transpose
+from srfx.ops.movement import Copy
+from srfx.ops.permute import MoveDim, PermuteAxes, Transpose
 from srfx.ops.registry import resolve
+from srfx.ops.views import Reshaping
 from srfx.passes._channels import holds_channels
 from srfx.passes.base import Pass, register_pass
 

@@ -24,9 +24,10 @@ from srfx.ir.program import Program
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.lattice.movement import Regroup
 from srfx.ops.attention import Attention
-from srfx.ops.join import Indexing
-from srfx.ops.movement import Expand, Flatten, RepeatInterleave, Reshaping
+from srfx.ops.indexing import Indexing
 from srfx.ops.registry import resolve
+from srfx.ops.tile import RepeatInterleave
+from srfx.ops.views import Expand, Flatten, Reshaping
 from srfx.passes._channels import holds_channels
 from srfx.passes._fused_axis import node_name
 from srfx.passes.base import Pass, register_pass

@@ -19,9 +19,9 @@ from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param, Program
 from srfx.ir.shapes import hint_inputs, propagate
-from srfx.ops.join import Splitting, Unbind
-from srfx.ops.movement import Narrow
 from srfx.ops.registry import resolve
+from srfx.ops.selection import Narrow
+from srfx.ops.splitting import Splitting, Unbind
 from srfx.passes.base import Pass, register_pass
 
 

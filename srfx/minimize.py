@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
+from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
-from srfx.ir.shapes import UNKNOWN, SharedHints, Survey, survey
+from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.passes import PASSES, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels

@@ -9,9 +9,9 @@ from torch import fx
 from srfx.ir.aliases import mutation_barriers
 from srfx.ir.call import Call
 from srfx.ir.effects import updates_statistics
+from srfx.ir.fake_run import UNKNOWN
 from srfx.ir.plan import Reason
 from srfx.ir.program import Program
-from srfx.ir.shapes import UNKNOWN
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule, Unknown
 

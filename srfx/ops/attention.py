@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit
+from srfx.ir.editor import GraphEdit
 from srfx.ir.evaluate import evaluate, has_fixed_sizes
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value

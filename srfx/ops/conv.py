@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit
+from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
-from srfx.ops.contraction import Contraction, split_axis
+from srfx.ops.contraction import Contraction
+from srfx.ops.contraction_facts import split_axis
 from srfx.ops.facts import FactTable, Labeller
 from srfx.ops.registry import op_rule
 from srfx.ops.sizes import set_argument

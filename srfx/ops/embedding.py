@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit, SetArgument
+from srfx.ir.editor import GraphEdit
+from srfx.ir.edits import SetArgument
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy

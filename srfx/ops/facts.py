@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.edits import take
+from srfx.ir.editor import take
 from srfx.ir.plan import Reason, Refusal
 from srfx.ir.program import Param, Program, Value
 from srfx.lattice.classes import Classes

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit
+from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable

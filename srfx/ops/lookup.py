@@ -90,7 +90,7 @@ def _without(fields: Fields, axis: int, labels: Labeller) -> Fields:
 class Lookup(OpRule):
     """y = x[:, index, :] with a tensor of positions of any rank, which takes the place of the axis.
 
-    Not registered: indexing (`srfx.ops.join`) hands the calls over that are no fixed selection.
+    Not registered: indexing (`srfx.ops.indexing`) hands the calls over that are no fixed selection.
     """
 
     def site(self, call: Call) -> tuple[int, Value] | None:

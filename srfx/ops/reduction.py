@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ir.call import Call
-from srfx.ir.edits import AffineAfter, GraphEdit
+from srfx.ir.editor import GraphEdit
+from srfx.ir.edits import AffineAfter
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
-from srfx.ops.elementwise import Elementwise, spellings
+from srfx.ops.elementwise import Elementwise
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.movement import _axis
+from srfx.ops.pointwise import spellings
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 

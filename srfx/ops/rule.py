@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srfx.ir.call import Call
-from srfx.ir.edits import GraphEdit
+from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
-from srfx.ir.edits import Expr, FreezeSize, GraphEdit, Ref, Scaled, SizeOf
+from srfx.ir.editor import Expr, GraphEdit, Ref, Scaled, SizeOf
+from srfx.ir.edits import FreezeSize
 from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.elementwise import _dtype
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
-from srfx.ops.movement import Copy, MatrixTranspose, _axis
+from srfx.ops.movement import Copy, _axis
+from srfx.ops.permute import MatrixTranspose
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import resized

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
-from srfx.ir.edits import Expr, GraphEdit, IndexInstead, Item, Ref, Scaled, SetArgument
+from srfx.ir.editor import Expr, GraphEdit, Item, Ref, Scaled
+from srfx.ir.edits import IndexInstead, SetArgument
 from srfx.ir.program import Param
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import FactTable

@@ -16,8 +16,8 @@ from srfx.analysis.liveness import live_labels
 from srfx.ir.attrs import split_path
 from srfx.ir.edits import CompactTensor
 from srfx.ir.effects import op_name
+from srfx.ir.fake_run import Survey
 from srfx.ir.plan import Edit, Reason, Refusal
-from srfx.ir.shapes import Survey
 from srfx.ops.facts import FactTable
 from srfx.record.keep_plan import AxisCut, KeepPlan, RefusalNote, TensorPlan
 from srfx.record.record import Record, TensorSpec

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from srfx.errors import CaptureError, MissingShapesError
 from srfx.ir.capture import capture
-from srfx.ir.shapes import UNKNOWN, hint_inputs, propagate
+from srfx.ir.fake_run import UNKNOWN
+from srfx.ir.shapes import hint_inputs, propagate
 from tests.snapshots import assert_unchanged, snapshot
 
 

@@ -1,0 +1,366 @@
+"""Contractions with a known weight: linear, matmul with a parameter, and every convolution.
+
+All of them are, seen by channels, y[r] = sum_c W[r, c, taps] x[c] + b[r] in G groups.  The weight is viewed as
+M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is said once for that form.
+
+    constant   y[r] is, when W[r, c] = 0 for every c that varies            (theory: Lemma L1)
+    live       x[c] is, when it varies and some live row reads it; constants are folded into the bias (L2, L3, L6)
+    border     where the reader does not see a constant alike at every position (zero padding, transposed stride), all
+               nonzero constants of the operand are carried by one of them   (theory: Lemma L4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from srfx.ir.call import Call
+from srfx.ir.editor import GraphEdit
+from srfx.ir.plan import Reason
+from srfx.ir.program import Param, Value
+from srfx.lattice.constancy import EMITS, Affine, Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.rule import OpRule
+
+
+class ContractionFacts(OpRule):
+    """What a contraction reads and makes constant."""
+
+    signature: tuple[str, ...] = ("input", "weight", "bias")
+    takes_statistics = (
+        True  # a norm's statistics may come in place of channels (there is a bias for the rest)
+    )
+
+    # -------------------------------------------------------------- what a subclass says
+    def groups(self, call: Call) -> int:
+        return 1
+
+    def channel_axis(self, call: Call) -> int:
+        """Axis of the operand that is contracted, and of the result that is made."""
+        raise NotImplementedError
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        """The weight as M [G, R, C, taps], a view."""
+        raise NotImplementedError
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        """A tensor [G, R, C] laid out to broadcast against the weight."""
+        raise NotImplementedError
+
+    def row_axis(self, call: Call) -> int:
+        """Axis of the weight that makes the result's channels."""
+        return 0
+
+    def has_border(self, call: Call) -> bool:
+        """Whether positions differ in which taps they see."""
+        return False
+
+    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """Edits of widths in the call."""
+        return ()
+
+    # -------------------------------------------------------------- operands
+    def x(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def w(self, call: Call) -> Value:
+        value = call.value("weight")
+        assert value is not None
+        return value
+
+    def refused(self, call: Call) -> Reason | None:
+        """Why this call is a barrier, if it is one: its weight is no plain finite float tensor."""
+        value = call.value("weight")
+        if not isinstance(value, Param) or call.value("input") is None:
+            return Reason.UNKNOWN_OP
+        weight = value.tensor
+        if not weight.is_floating_point() or weight.layout != torch.strided or weight.is_quantized:
+            return Reason.UNSUPPORTED_DTYPE
+        if not call.program.is_finite(value):
+            return Reason.NON_FINITE
+        return None
+
+    def is_private(self, call: Call, facts: FactTable) -> bool:
+        """Whether weight and bias may be changed: one site only, and one channel vector at every outer position."""
+        x, axis = self.x(call), self.channel_axis(call)
+        for name in ("weight", "bias"):
+            value = call.value(name)
+            if isinstance(value, Param) and value.n_sites > 1:
+                return False
+        bias = call.value("bias")
+        if bias is not None and not (isinstance(bias, Param) and bias.shape == (call.out_shape[axis],)):
+            return False  # computed, or not one number for each row: nothing can be folded into it
+        return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
+
+    # -------------------------------------------------------------- labels
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        reason = self.refused(call)
+        if reason is not None:
+            labels.refuse(call.node, reason)
+            return super().label(call, labels)
+        x, w, axis, g = self.x(call), self.w(call), self.channel_axis(call), self.groups(call)
+        fields = self.outer(call, labels)
+        rows = self._rows(call, labels, w)
+        if g == 1:
+            columns = labels.of(w)[self.column_axis(call)].reshape(-1)
+            rank = len(call.shape(x))
+            self._unify_columns(call, labels, fields, columns, rank)
+            labels.of(w)
+        else:
+            self._label_groups(call, labels, fields, rows, g)
+        self._pin_kernel(call, labels, w)
+        self._label_bias(call, labels, rows)
+        shape = [1] * len(call.out_shape)
+        shape[axis] = rows.numel()
+        kept = {a: f for a, f in fields.items() if a != axis}
+        for a, f in kept.items():
+            if f.shape[axis] > 1:
+                labels.table.tie(f, f.narrow(axis, 0, 1))
+                kept[a] = f.narrow(axis, 0, 1)
+        return {**kept, axis: rows.view(shape)}
+
+    def outer(self, call: Call, labels: Labeller) -> Fields:
+        """Fields of the operand that the op can follow; subclasses pin the rest."""
+        return dict(labels.of(self.x(call)))
+
+    def column_axis(self, call: Call) -> int:
+        return 1 - self.row_axis(call)
+
+    def _rows(self, call: Call, labels: Labeller, w: Value) -> Tensor:
+        fields = labels.of(w)[self.row_axis(call)]
+        return fields.reshape(-1)
+
+    def _unify_columns(
+        self, call: Call, labels: Labeller, fields: Fields, columns: Tensor, rank: int
+    ) -> None:
+        axis = self.channel_axis(call)
+        shape = tuple(columns.numel() if a == axis else 1 for a in range(rank))
+        labels.unify(
+            [(fields, call.shape(self.x(call))), ({axis: columns.view(shape)}, shape)], rank, call.node.name
+        )
+
+    def _label_groups(self, call: Call, labels: Labeller, fields: Fields, rows: Tensor, g: int) -> None:
+        raise NotImplementedError
+
+    def _pin_kernel(self, call: Call, labels: Labeller, w: Value) -> None:
+        labels.pin(w, call.node.name, Reason.CHANNEL_MIXING, range(2, len(call.shape(w))))
+
+    def _label_bias(self, call: Call, labels: Labeller, rows: Tensor) -> None:
+        bias = call.value("bias")
+        if bias is None:
+            labels.declare(call.slot("bias"), {0: rows})
+        elif call.shape(bias) == (rows.numel(),):
+            labels.table.tie(labels.of(bias)[0], rows)
+        else:
+            labels.pin(bias, call.node.name, Reason.UNTRACKED_AXIS)
+            labels.table.pin(rows, call.node.name, Reason.UNTRACKED_AXIS.name)
+
+    # -------------------------------------------------------------- facts as [outer.., G, C] and [outer.., G, R]
+    def known(self, call: Call, facts: FactTable) -> Constancy:
+        """Constancy of the operand; subclasses settle it along the axes that the op mixes."""
+        return facts.constancy(self.x(call))
+
+    def _reads(self, call: Call, facts: FactTable) -> Tensor:
+        """Which rows read which columns, [G, R, C] uint8."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        key = (id(w.tensor), self.groups(call), self.row_axis(call))
+        if key not in facts.cache:
+            m = self.matrix(call, w.tensor.detach())
+            size = m.abs().sum(-1) if m.shape[-1] > 1 else m[..., 0]
+            facts.cache[key] = (size != 0).to(torch.uint8).cpu()
+        return facts.cache[key]
+
+    def _by_group(self, call: Call, t: Tensor) -> Tensor:
+        """A layout tensor of the operand as [outer.., G, C]: channels last, split by group."""
+        axis, x = self.channel_axis(call), self.x(call)
+        width = call.shape(x)[axis]
+        t = t.expand([width if a == axis else n for a, n in enumerate(t.shape)])
+        return split_axis(t.movedim(axis, -1), -1, self.groups(call))
+
+    def _rows_layout(self, call: Call, t: Tensor) -> Tensor:
+        """[outer.., G, R] as a layout tensor of the result."""
+        return t.flatten(-2).movedim(-1, self.channel_axis(call))
+
+    def _rows_by_group(self, call: Call, live: Tensor) -> Tensor:
+        axis = self.channel_axis(call)
+        width = call.out_shape[axis]
+        live = live.expand([width if a == axis else n for a, n in enumerate(live.shape)])
+        return split_axis(live.movedim(axis, -1), -1, self.groups(call))
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        if self.refused(call) is not None:
+            return super().forward(call, facts)
+        c, reads = self.known(call, facts), self._reads(call, facts)
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        disturbing = varies | (value != 0) if self.has_border(call) else varies
+        moved = rows_reading(disturbing, reads)
+        result = self._fold_value(call, torch.where(disturbing, 0.0, value))
+        bias = call.value("bias")
+        if bias is not None:
+            found = facts.constancy(bias)
+            shift = (
+                found.value.double()
+                .cpu()
+                .expand(torch.broadcast_shapes(found.value.shape, found.varies.shape))
+            )
+            if shift.dim() != 1 or not found.is_known:
+                return Constancy.top(len(call.out_shape))
+            result = (
+                result + shift.unflatten(0, (self.groups(call), -1)) if shift.numel() > 1 else result + shift
+            )
+        return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result.expand(moved.shape)))
+
+    def _fold_value(self, call: Call, value: Tensor) -> Tensor:
+        """Sum_c W[r, c] k[c] over all taps, [outer.., G, R], in float64; reads only columns with k != 0."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        m = self.matrix(call, w.tensor.detach())
+        used = (value != 0).flatten(0, -2).any(0)
+        if not bool(used.any()):
+            return torch.zeros(*value.shape[:-1], m.shape[1], dtype=torch.float64)
+        columns = used.nonzero().flatten()
+        part = m.index_select(2, columns.to(m.device)).double().sum(-1).cpu()
+        return (part * value.index_select(-1, columns).unsqueeze(-2)).sum(-1)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if self.refused(call) is not None or not isinstance(live, Tensor):
+            return super().backward(call, live, facts)
+        x = self.x(call)
+        wanted = self._wanted(call, live, facts)
+        axis = self.channel_axis(call)
+        demand: Demand = {x: collapse(wanted.flatten(-2).movedim(-1, axis), facts.layout(x))}
+        bias = call.value("bias")
+        if bias is not None and not isinstance(bias, Param):
+            demand[bias] = collapse(live.movedim(axis, -1), facts.layout(bias))
+        return demand
+
+    def _wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        """Channels this call reads in its folded form, [outer.., G, C]."""
+        x = self.x(call)
+        c, reads = self.known(call, facts), self._reads(call, facts)
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        read = columns_read(self._rows_by_group(call, live), reads)
+        if not self.is_private(call, facts):
+            kept = self._by_group(call, facts.kept_channels(x))
+            return read & (varies | (value != 0) | kept)
+        gone = self._combinable(call, facts, c)
+        wanted = read & varies
+        if gone is not None and c.affine is not None:
+            absorbed = read & gone
+            wanted = wanted & ~gone
+            if bool(absorbed.any()):
+                wanted[..., list(facts.emitted.get(c.affine.norm, {}).values())] = True
+        border = read & ~varies & (value != 0)
+        if self.has_border(call) and bool(border.any()):
+            wanted = wanted | (border if self.groups(call) > 1 else self._carrier(call, facts, border))
+        return wanted
+
+    def _combinable(self, call: Call, facts: FactTable, c: Constancy) -> Tensor | None:
+        """Channels of a norm's output that this call takes as combinations of its statistics, [.., 1, C].
+
+        A channel that the norm keeps anyway is read as it is.
+        """
+        affine = c.affine
+        if (
+            affine is None
+            or affine.axis != self.channel_axis(call)
+            or self.groups(call) > 1
+            or affine.norm in facts.closed
+        ):
+            return None
+        kept = self._by_group(call, facts.kept_channels(self.x(call)))
+        return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
+
+    def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:
+        """The norm whose channels [C] this call does not read, but takes from the norm's statistics."""
+        live = facts.live.get(call.node)
+        if self.refused(call) is not None or not isinstance(live, Tensor) or not self.is_private(call, facts):
+            return None
+        c = self.known(call, facts)
+        gone = self._combinable(call, facts, c)
+        if gone is None or c.affine is None:
+            return None
+        rows = self._rows_by_group(call, live).flatten(0, -2).any(0)
+        read = columns_read(rows.unsqueeze(0), self._reads(call, facts)).flatten()
+        gone = gone.flatten(0, -2).any(0) & read
+        assert isinstance(c.affine.norm, fx.Node)
+        return (c.affine.norm, gone) if bool(gone.any()) else None
+
+    def statistics(self, call: Call, facts: FactTable, gone: Tensor) -> set[str]:
+        """Names of the statistics that take the place of the channels ``gone`` [C] here."""
+        affine = self.known(call, facts).affine
+        assert affine is not None
+        rows = self._rows_by_group(call, facts.liveness(call.node)).flatten(0, -2).any(0)
+        columns = self._combine(call, gone, affine, facts)
+        needed = {
+            name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())
+        }
+        if not (affine.bordered or self.has_border(call)):
+            needed.discard("one")
+        return needed
+
+    def _combine(self, call: Call, gone: Tensor, affine: Affine, facts: FactTable) -> Tensor:
+        """Sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""
+        w = self.w(call)
+        assert isinstance(w, Param)
+        at = gone.nonzero().flatten()
+        part = self.matrix(call, w.tensor.detach())[0].index_select(1, at.to(w.tensor.device)).double().cpu()
+        return torch.einsum("rct,ec->ert", part, affine.coefficients(facts.shifts[affine.norm])[:, at])
+
+    def _carrier(self, call: Call, facts: FactTable, border: Tensor) -> Tensor:
+        """The one channel that carries the operand's constants; not chosen yet in the first phase."""
+        chosen = facts.carriers.get(self.x(call))
+        marked = torch.zeros_like(border)
+        if chosen is not None:
+            marked[..., chosen] = True
+        return marked
+
+    def border_constants(self, call: Call, facts: FactTable) -> Tensor | None:
+        """Nonzero constants of the operand that need a carrier, [C]; None when there is no such need."""
+        live = facts.live.get(call.node)
+        if self.refused(call) is not None or not isinstance(live, Tensor) or self.groups(call) > 1:
+            return None
+        if not self.has_border(call) or not self.is_private(call, facts):
+            return None
+        c = self.known(call, facts)
+        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        read = columns_read(self._rows_by_group(call, live), self._reads(call, facts))
+        border = (read & ~varies & (value != 0)).flatten(0, -2).any(0)
+        return border if bool(border.any()) else None
+
+
+def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
+    marked = torch.zeros_like(like)
+    if positions:
+        marked[..., list(positions.values())] = True
+    return marked
+
+
+def flat_positions(t: Tensor) -> Tensor:
+    """[outer.., G, C] as [positions, G, C]; a vector has one position."""
+    return t.reshape(-1, *t.shape[-2:])
+
+
+def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
+    """The view of one axis as [groups, rest]."""
+    found: Tensor = t.unflatten(axis, (groups, -1))
+    return found
+
+
+def rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
+    """Rows that read some flagged column: [outer.., G, C] bool and [G, R, C] uint8 give [outer.., G, R] bool.
+
+    uint8 AND and amax are vectorised on CPU; bool `any` and a float product are some forty times slower.
+    """
+    return (reads & flags.to(torch.uint8).unsqueeze(-2)).amax(-1) > 0
+
+
+def columns_read(flags: Tensor, reads: Tensor) -> Tensor:
+    """Columns that some flagged row reads: [outer.., G, R] bool and [G, R, C] uint8 give [outer.., G, C] bool."""
+    return (reads & flags.to(torch.uint8).unsqueeze(-1)).amax(-2) > 0

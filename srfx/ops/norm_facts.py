@@ -1,0 +1,294 @@
+"""Norms over channels: layer norm, RMS norm, group norm, and their compensated forms (theory: Lemmas N1 to N6).
+
+A norm's statistics run over all channels, so a varying channel is live as soon as any output is.  A constant one may
+go: the compensated norm remembers its share.  Its output, though, still varies with the statistics; linear readers
+take these instead (`srfx.lattice.constancy.Affine`), all other readers keep the channel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srfx.ir.call import Call
+from srfx.ir.plan import Reason
+from srfx.ir.program import Param, Value
+from srfx.lattice.constancy import EMITS, Affine, Constancy
+from srfx.lattice.movement import Fields
+from srfx.nn import (
+    CompensatedLayerNorm,
+    RemovedConstants,
+)
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.norm_readers import nonlinear_reader
+from srfx.ops.rule import OpRule
+
+
+class NormFacts(OpRule):
+    """What a norm over the last axes reads, what is constant behind it, and where its statistics travel."""
+
+    signature: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
+    centred = True
+
+    # -------------------------------------------------------------- the call
+    def x(self, call: Call) -> Value:
+        value = call.value("input")
+        assert value is not None
+        return value
+
+    def axes(self, call: Call) -> list[int]:
+        rank, shape = len(call.shape(self.x(call))), call.get("normalized_shape")
+        return list(range(rank - (1 if isinstance(shape, int) else len(shape)), rank))
+
+    def axis(self, call: Call, fields: Fields) -> int | None:
+        """The one normalised axis that carries channels."""
+        tracked = [a for a in self.axes(call) if a in fields]
+        return tracked[0] if len(tracked) == 1 else None
+
+    def emits(self, call: Call) -> tuple[str, ...]:
+        """What the norm emits already."""
+        return tuple(call.get("emits", ()))
+
+    def is_shared(self, call: Call) -> bool:
+        """Whether another site uses the same parameters or module: then it cannot be compensated for one."""
+        sites = [n for n in call.program.nodes if n.op == "call_module" and n.target == call.node.target]
+        params = [call.value(name) for name in ("weight", "bias")]
+        return len(sites) > 1 or any(isinstance(p, Param) and p.n_sites > 1 for p in params)
+
+    # -------------------------------------------------------------- labels
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        x, site = self.x(call), call.node.name
+        fields = self._unified(call, labels)
+        axis = self.axis(call, fields)
+        if axis is None or self.is_shared(call):
+            reason = Reason.CHANNEL_MIXING if axis is None else Reason.SHARED_WEIGHT
+            labels.pin(x, site, reason, self.axes(call))
+            return {a: f for a, f in fields.items() if call.out_shape[a] == call.shape(x)[a]}
+        fields[axis] = self._outputs(call, labels, fields[axis], axis)
+        return fields
+
+    def _unified(self, call: Call, labels: Labeller) -> Fields:
+        x = self.x(call)
+        rank = len(call.shape(x))
+        operands = [(labels.of(x), call.shape(x))]
+        for name in ("weight", "bias"):
+            value = call.value(name)
+            if value is not None:
+                operands.append((labels.of(value), call.shape(value)))
+        fields = labels.unify(operands, rank, call.node.name)
+        normed = self.axes(call)
+        for a, f in fields.items():
+            for d in normed:
+                if a not in normed and f.shape[d] > 1:
+                    labels.table.tie(f, f.narrow(d, 0, 1))
+                    f = fields[a] = f.narrow(d, 0, 1)
+        return fields
+
+    def _outputs(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> Tensor:
+        """Labels of the result's channels: the operand's, or own ones where statistics may take places."""
+        n_emitted = len(self.emits(call))
+        if self.is_open(call, labels, kept, axis):
+            own = labels.table.fresh(kept.numel()).view(kept.shape)
+            labels.table.imply(kept, own)
+        else:
+            own = kept
+        if not n_emitted:
+            return own
+        extra = labels.table.fresh(n_emitted)
+        shape = [n_emitted if d == axis else 1 for d in range(kept.dim())]
+        if own is kept:
+            labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
+        return torch.cat(
+            [own, extra.view(shape).expand([n_emitted if d == axis else n for d, n in enumerate(own.shape)])],
+            axis,
+        )
+
+    def is_open(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> bool:
+        """Whether there is one channel vector, and every reader is linear in the result and may change its weight."""
+        alone = kept.numel() == kept.shape[axis] and len(self.axes(call)) == 1
+        alone = alone and list(labels.of(self.x(call))) == [axis]
+        return (
+            alone and not self.is_shared(call) and nonlinear_reader(call.node, axis, labels.program) is None
+        )
+
+    def _own(self, call: Call, facts: FactTable) -> tuple[int | None, bool]:
+        """The channel axis, and whether the result has labels of its own."""
+        fields = facts.fields(self.x(call))
+        axis = self.axis(call, fields)
+        if axis is None or self.is_shared(call) or axis not in facts.fields(call.node):
+            return None, False
+        return axis, self.is_open(call, facts.labeller, fields[axis], axis)
+
+    # -------------------------------------------------------------- facts
+    def _vector(self, call: Call, facts: FactTable, name: str, default: float) -> Tensor:
+        value = call.value(name)
+        if value is None:
+            return torch.tensor(default, dtype=torch.float64)
+        return facts.constancy(value).value.double().cpu()
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        c = facts.constancy(self.x(call))
+        gamma, beta = self._vector(call, facts, "weight", 1.0), self._vector(call, facts, "bias", 0.0)
+        settled = self._of_constants(call, c, gamma, beta)
+        if settled is not None:
+            return settled
+        axis, is_open = self._own(call, facts)
+        still = (gamma == 0).view((1,) * (len(call.out_shape) - gamma.dim()) + tuple(gamma.shape))
+        value = torch.where(still, beta, 0.0)
+        if self.emits(call):
+            extra = [len(self.emits(call)) if d == len(call.out_shape) - 1 else 1 for d in range(value.dim())]
+            width = call.shape(self.x(call))[-1]
+            wide = [width if d == value.dim() - 1 else n for d, n in enumerate(value.shape)]
+            still = torch.cat([still.expand(wide), torch.zeros(extra, dtype=torch.bool)], -1)
+            value = torch.cat([value.expand(wide), torch.zeros(extra, dtype=torch.float64)], -1)
+        affine = self._affine(call, c, gamma, beta, axis) if is_open and axis is not None else None
+        return Constancy(~still, value, affine)
+
+    def _of_constants(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Constancy | None:
+        """The result when nothing that is normalised varies; None when something does, or statistics are emitted."""
+        if not c.is_known or self.emits(call) or not gamma.isfinite().all() or not beta.isfinite().all():
+            return None
+        shape, axes = call.shape(self.x(call)), self.axes(call)
+        value = c.value.double().cpu()
+        value = value.expand([shape[a] if a in axes else n for a, n in enumerate(value.shape)])
+        y = self._normalised(call, value, axes) * gamma + beta
+        return Constancy.known(y) if bool(y.isfinite().all()) else None
+
+    def _normalised(self, call: Call, value: Tensor, axes: list[int]) -> Tensor:
+        """Return (x - mu) r over these axes and the constants removed before."""
+        gone = self._before(call)
+        total = torch.Size(value.shape[a] for a in axes).numel() + gone.n_values
+        mean = (value.sum(axes, keepdim=True) + gone.sum) / total
+        square = (
+            ((value - mean) ** 2).sum(axes, keepdim=True) + gone.m2 + gone.n_values * (gone.mean - mean) ** 2
+        )
+        deviation: Tensor = (square / total + call.get("eps", 1e-5)).sqrt()
+        return (value - mean) / deviation
+
+    def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor, axis: int) -> Affine:
+        width, n_extra = call.shape(self.x(call))[axis], len(self.emits(call))
+        flat = [width if d == axis else 1 for d in range(c.varies.dim())]
+        varies, value = c.varies.cpu().expand(flat).flatten(), c.value.double().cpu().expand(flat).flatten()
+        gamma, beta = gamma.expand(width), beta.expand(width)
+        mask = ~varies & (gamma != 0) & (self.centred | (value != 0))
+        mask, value, gamma, beta = (F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta))
+        return Affine(call.node, axis, mask, value, gamma, beta, self.centred)
+
+    def shift(self, call: Call, constants: Tensor) -> float:
+        """Choose c of the emitted (mu - c) r: near the constants that readers take from it; their value, if it is one.
+
+        Then the coefficients of r are small, or all 0.
+        """
+        if not self.centred:
+            return 0.0
+        if "mu_r" in self.emits(call):
+            return float(call.get("emit_shift", 0.0))
+        if not constants.numel():
+            return 0.0
+        first = constants[0]
+        return float(first if bool((constants == first).all()) else constants.mean())
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        x = self.x(call)
+        c, axes = facts.constancy(x), self.axes(call)
+        axis, is_open = self._own(call, facts)
+        truly, rows = live, live
+        for d in axes:
+            rows = rows.any(d, keepdim=True)
+        if call.get("eps", 1e-5) == 0.0:
+            rows = torch.ones_like(rows)  # a partial function: no leftover may come in (theory: Lemma E4)
+        if axis is not None:
+            width = call.shape(x)[axis]
+            truly = live.expand(
+                [call.out_shape[axis] if d == axis else n for d, n in enumerate(live.shape)]
+            ).narrow(axis, 0, width)
+            places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
+            if places:
+                truly = truly.index_fill(axis, torch.tensor(places), False)
+        wanted = rows & (c.varies.cpu() | facts.kept_channels(x))
+        if axis is not None:
+            self._refuse(call, facts, axis, is_open, truly & ~c.varies.cpu())
+            wanted = wanted | truly | (rows & ~self._absorbable(call, facts, c, axis))
+        else:
+            self._refuse_all(call, facts)
+            wanted = rows
+        return {x: collapse(wanted & torch.ones(facts.layout(x), dtype=torch.bool), facts.layout(x))}
+
+    def _refuse_all(self, call: Call, facts: FactTable) -> None:
+        reason = Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING
+        facts.refuse_constants(call.node, self.x(call), self.axes(call), reason)
+
+    def _refuse(self, call: Call, facts: FactTable, axis: int, is_open: bool, staying: Tensor) -> None:
+        """Say why constant channels stay: who reads them as they are, or what no statistics are made for."""
+        if not bool(staying.any()) or (is_open and call.node not in facts.closed):
+            return
+        reader = nonlinear_reader(call.node, axis, facts.program)
+        if reader is not None:
+            facts.refuse(call.node, Reason.NOT_LINEAR_IN_NORM, f"{reader.name} reads it")
+        elif not is_open:
+            facts.refuse(call.node, Reason.CHANNEL_MIXING, "no statistics are emitted along several axes")
+
+    def _absorbable(self, call: Call, facts: FactTable, c: Constancy, axis: int) -> Tensor:
+        """Channels whose constant every outer position has alike: 0 where the rows keep different channels."""
+        if facts.fields(self.x(call))[axis].numel() != call.shape(self.x(call))[axis]:
+            return c.is_constant(0).cpu()
+        alike = c.settle([axis])
+        return ~alike.varies.cpu()
+
+    def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
+        """A channel of the result that is kept, and is no statistic, needs its channel of the operand."""
+        axis, is_open = self._own(call, facts)
+        if axis is None or not is_open:
+            return None
+        x, width = self.x(call), call.shape(self.x(call))[axis]
+        kept = facts.is_kept(facts.fields(call.node)[axis]).flatten()[:width].clone()
+        places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
+        kept[places] = False
+        return facts.fields(x)[axis].flatten()[kept]
+
+    def choose_shift(self, call: Call, facts: FactTable, gone: Tensor) -> None:
+        """Choose the c of (mu - c) r for the channels [C] that readers take from the statistics."""
+        affine = facts.constancy(call.node).affine
+        assert affine is not None
+        facts.shifts[call.node] = self.shift(call, affine.value[gone])
+
+    def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor) -> bool:
+        """Choose where the statistics in ``names`` travel; True when the choice is new."""
+        axis, is_open = self._own(call, facts)
+        if axis is None or not is_open or call.node in facts.closed:
+            return False
+        x, width = self.x(call), call.shape(self.x(call))[axis]
+        stays = facts.is_kept(facts.fields(x)[axis]).flatten()
+        places = {name: width + i for i, name in enumerate(self.emits(call))}
+        before = facts.emitted.get(call.node)
+        if (
+            before is not None
+            and names <= set(before)
+            and not any(bool(stays[at]) for at in before.values() if at < width)
+        ):
+            return False
+        new = [name for name in EMITS if name in names and name not in places]
+        free = (gone[:width] & ~stays).nonzero().flatten().tolist() if gone.numel() else []
+        if len(free) < len(new):
+            facts.refuse(call.node, Reason.GROWS, f"{len(new)} statistics would replace {len(free)} channels")
+            facts.closed.add(call.node)
+            new = []
+        facts.emitted[call.node] = {**places, **dict(zip(new, free, strict=False))}
+        self._rank(call, facts, axis)
+        return before != facts.emitted[call.node] or call.node in facts.closed
+
+    def _rank(self, call: Call, facts: FactTable, axis: int) -> None:
+        own = facts.classes.representative[facts.fields(call.node)[axis].flatten()]
+        facts.ranks[own] = 0
+        for name, at in facts.emitted[call.node].items():
+            facts.ranks[own[at]] = 1 + EMITS.index(name)
+
+    def _before(self, call: Call) -> RemovedConstants:
+        if isinstance(call.module, CompensatedLayerNorm):
+            return call.module.removed
+        if "n_total" in call.bound:
+            n = call.get("n_total") - torch.Size(call.get("normalized_shape")).numel()
+            return RemovedConstants(n, call.get("removed_mean", 0.0), call.get("removed_m2", 0.0))
+        return RemovedConstants()
