@@ -1,6 +1,6 @@
 """srfx: exact structural minimization of masked networks."""
 
-from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups
+from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups, release
 from srfx.minimize import minimize
 from srfx.report import Report, plan, report
 from srfx.verify import Verification, verify
@@ -14,6 +14,7 @@ __all__ = [
     "channel_groups",
     "minimize",
     "plan",
+    "release",
     "report",
     "verify",
 ]

@@ -33,3 +33,7 @@ class UnknownChannelError(SrfxError):
 
 class PlanError(SrfxError):
     """A plan does not fit the model it is applied to, or a plan file is damaged or of another version."""
+
+
+class CycleError(SrfxError):
+    """A step of the Squeeze-Release cycle cannot be taken as asked for."""

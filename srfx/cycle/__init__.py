@@ -2,5 +2,6 @@
 
 from srfx.cycle.groups import ChannelGroups, GroupSlice, channel_groups
 from srfx.cycle.penalty import GroupPenalty, L1Penalty
+from srfx.cycle.release import release
 
-__all__ = ["ChannelGroups", "GroupPenalty", "GroupSlice", "L1Penalty", "channel_groups"]
+__all__ = ["ChannelGroups", "GroupPenalty", "GroupSlice", "L1Penalty", "channel_groups", "release"]
