@@ -1,7 +1,7 @@
 """srfx: exact structural minimization of masked networks."""
 
 from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups, release
-from srfx.minimize import minimize
+from srfx.minimize import default_passes, minimize
 from srfx.report import Report, plan, report
 from srfx.verify import Verification, verify
 
@@ -12,6 +12,7 @@ __all__ = [
     "Report",
     "Verification",
     "channel_groups",
+    "default_passes",
     "minimize",
     "plan",
     "release",

@@ -16,7 +16,7 @@ from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
-from srfx.passes import PASSES, Pipeline, PipelineResult, get_pass
+from srfx.passes import PASSES, Pass, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
 from srfx.record.attach import attach
 from srfx.record.recorder import Recorder
@@ -139,6 +139,37 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Pipe
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
     steps = [get_pass(name, **options[name]) for name in CANONICALISE]
     return Pipeline(steps, on_change=hints.forget if isinstance(hints, SharedHints) else None)(gm)
+
+
+def default_passes(example_inputs: Any = None, *, multiple_of: int = 1) -> list[Pass]:
+    """The passes that minimize runs, as instances, to build a pipeline of one's own from.
+
+    Each is a ``torch.fx`` ``PassBase``: hand the list, or a part of it, to torch.fx's ``PassManager`` (with ``steps``
+    large enough, as minimize runs every pass to its fixpoint) or to `srfx.passes.Pipeline`.  They change the graph
+    module in place, so give them one that you own, captured as you like; minimize works on a clone instead.
+
+    Args:
+        example_inputs: one value for each placeholder (a tensor, or a tuple); None reads the graph's metadata, or
+            probes common shapes.
+        multiple_of: as in `minimize`.
+
+    Example:
+        >>> import torch
+        >>> from torch import fx, nn
+        >>> from torch.fx.passes.infra.pass_manager import PassManager
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[2:].zero_()
+        >>> done = PassManager(default_passes(torch.randn(1, 4)), steps=3)(fx.symbolic_trace(net))
+        >>> done.graph_module.get_submodule("0").weight.shape
+        torch.Size([2, 4])
+    """
+    hints = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
+    names = (*CANONICALISE, CompactChannels.name)
+    options: dict[str, dict[str, Any]] = {CompactChannels.name: {"hints": hints, "multiple_of": multiple_of}}
+    for name in CANONICALISE:
+        options[name] = {"hints": hints} if PASSES[name].takes_hints else {}
+    return [get_pass(name, **options[name]) for name in names]
 
 
 def check_result(

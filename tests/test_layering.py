@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "testing",
     "cli",
+    "dynamo",
     "report",
     "cycle",
     "minimize",

@@ -93,3 +93,5 @@ def test_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
         site / "srfx" / "__init__.py",
         site / "srfx" / "passes" / "__init__.py",
     ]
+    program = "import torch; print(torch._dynamo.lookup_backend('srfx').__module__)"
+    assert run(sys.executable, "-c", program, cwd=elsewhere, PYTHONPATH=str(site)).strip() == "srfx.dynamo"
