@@ -125,8 +125,8 @@ class _Frozen:
         return self.original(*args)
 
 
-def _inner(name: str | Runner, kwargs: dict[str, Any]) -> Runner:
-    found: Runner = torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
+def _inner(name: str | Runner, kwargs: dict[str, Any]) -> Callable[..., Runner]:
+    found: Callable[..., Runner] = torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
     mode = kwargs.pop("mode", None)
     if mode in (None, "default"):
         return found
@@ -134,7 +134,7 @@ def _inner(name: str | Runner, kwargs: dict[str, Any]) -> Runner:
         raise ValueError(f"mode={mode!r} is a setting of inductor; the backend here is {name!r}")
     config = torch._inductor.list_mode_options(mode)
 
-    def compiled(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    def compiled(gm: fx.GraphModule, inputs: list[Any]) -> Runner:
         return found(gm, inputs, config_patches=config)
 
     return compiled
