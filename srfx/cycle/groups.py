@@ -23,9 +23,9 @@ from torch.export import ExportedProgram
 
 from srfx.analysis.calls import Site, sites
 from srfx.analysis.labels import label
-from srfx.cycle.live import effective_name
 from srfx.ir.capture import capture, unwrap
 from srfx.ir.clone import clone_structure
+from srfx.ir.live import effective_name
 from srfx.ir.program import Param, Program
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch

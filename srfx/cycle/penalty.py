@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from srfx.cycle.groups import NO_GROUP, ChannelGroups, channel_groups
-from srfx.cycle.live import live_tensor
+from srfx.ir.live import live_tensor
 
 Wanted = Callable[[str], bool]
 """Whether the parameter of this name counts."""

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from srfx.errors import PlanError, UnknownChannelError
+from srfx.record.carry import carry_optimizer
 
 VERSION = 1
 """Version of the JSON form; a reader refuses any other."""
@@ -145,6 +147,25 @@ class KeepPlan:
                 index = torch.tensor(cut.kept, dtype=torch.long).view(cut.layout)
                 positions = positions[index] if positions.dim() == 1 else positions.gather(axis, index)
         return positions
+
+    def apply_to_optimizer(self, optimizer: Optimizer, before: nn.Module, after: nn.Module) -> None:
+        """Hand an optimizer of the model that was minimized over to the result, in place.
+
+        Moments are cut by the plan; hyperparameters, parameter groups, hooks and attached schedulers stay, so that
+        training goes on as it would have.  Works for every optimizer whose state tensors are laid out like their
+        parameter or are single numbers: SGD, Adam, AdamW and kin, also foreach, fused and capturable.
+        `srfx.record.carry` says what each kind of parameter gets.
+
+        Args:
+            optimizer: holds parameters of ``before``; parameters of other modules stay in it.
+            before: the model that was given to minimize, unchanged since.
+            after: the result, unchanged since.
+
+        Raises:
+            PlanError: the optimizer holds nothing of ``before``, or keeps state of another layout (LBFGS); nothing
+                is changed then.
+        """
+        carry_optimizer(self, optimizer, before, after)
 
     def to_json(self) -> str:
         """One line of JSON; equal plans give equal text."""
