@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from srfx.errors import VerificationError
 from srfx.ir.capture import capture
-from srfx.ir.clone import clone_structure
-from srfx.ir.exported import strip_export
+from srfx.ir.double import copy_for_comparison, float64_mode, to_double
 from srfx.ir.generate import Spec, generate
 from srfx.ir.shapes import hint_inputs
 from srfx.record.attach import record_of
@@ -26,8 +23,6 @@ from srfx.record.record import TensorSpec
 EXACT = 1e-9
 """Bound on the float64 error of models that hold float64 weights."""
 
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -126,8 +121,8 @@ def verify(
         False
     """
     models = [_module(before), _module(after)]
-    native = [_copy(m, lambda t: t.detach().clone()) for m in models]
-    double = [_copy(m, _to_double) for m in models]
+    native = [copy_for_comparison(m, lambda t: t.detach().clone()) for m in models]
+    double = [copy_for_comparison(m, to_double) for m in models]
     dtype = _lowest_dtype(models[0])
     worst = _Worst()
     with torch.no_grad(), torch.random.fork_rng():
@@ -231,60 +226,9 @@ def _module(model: nn.Module | ExportedProgram) -> nn.Module:
     return inner if inner is not None else model
 
 
-def _copy(model: nn.Module, tensor_map: Callable[[Tensor], Tensor]) -> nn.Module:
-    def mapped(tensor: Tensor) -> Tensor:
-        new = tensor_map(tensor)
-        return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-
-    clone = clone_structure(model, mapped)
-    for module in clone.modules():
-        if isinstance(module, _DROPOUTS):
-            module.training = False
-        if isinstance(module, fx.GraphModule):
-            strip_export(module)  # guards would refuse another batch size or dtype
-            module.recompile()
-    return clone
-
-
-def _to_double(tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        return tensor.detach().double()
-    return tensor.detach().to(torch.complex128) if tensor.is_complex() else tensor.detach().clone()
-
-
 def _lowest_dtype(model: nn.Module) -> torch.dtype:
     found = [t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     return max(found, key=lambda d: torch.finfo(d).eps, default=torch.float32)
-
-
-class _Double(TorchDispatchMode):
-    """Float dtypes written down in a model (casts, factories) mean float64."""
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the op with its dtype arguments raised."""
-        args, kwargs = pytree.tree_map_only(torch.dtype, _raised, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _raised(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype in _LOW else dtype
-
-
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Double():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _run(
@@ -294,8 +238,8 @@ def _run(
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
     if not in_double:
         return model(*args, **kwargs)
-    args, kwargs = pytree.tree_map_only(Tensor, _to_double, (args, kwargs))
-    with _float64():
+    args, kwargs = pytree.tree_map_only(Tensor, to_double, (args, kwargs))
+    with float64_mode():
         return model(*args, **kwargs)
 
 

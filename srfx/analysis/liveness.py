@@ -41,11 +41,11 @@ def _demand_outputs(facts: FactTable) -> None:
         elif facts.program.is_tensor(node) and not isinstance(value, Param):
             c = facts.constancy(node)
             fields = facts.fields(node)
-            wanted = c.varies.cpu() | facts.kept_channels(node) | _restored(facts, node)
+            wanted = c.varies.cpu() | facts.kept_channels(node) | restored(facts, node)
             _add(facts, {node: wanted if fields else torch.ones_like(c.varies)})
 
 
-def _restored(facts: FactTable, node: fx.Node) -> Tensor:
+def restored(facts: FactTable, node: fx.Node) -> Tensor:
     """Positions of an output that a template fills in already: cutting them again would only restore them again."""
     nothing = torch.zeros((1,) * len(facts.program.shape(node)), dtype=torch.bool)
     if node.target not in (torch.where, torch.ops.aten.where.self) or len(node.args) != 3:
