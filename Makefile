@@ -3,6 +3,7 @@
 #   make test        the tests that are quick                        (under 10 minutes on two cores)
 #   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
 #   make check       lint, types, test, wheel
+#   make docs        the site, under out/site
 # Another torch:     make test TORCH="torch==2.6.0"        Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3.11
@@ -13,11 +14,12 @@ TORCH_ZOO ?= torch==2.14.1 torchvision==0.29.1
 
 VENV := .venv
 ZOO  := .venv-zoo
+DOCS := .venv-docs
 ARGS ?=
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage check lint format types wheel bench clean
+.PHONY: help demo test test-all coverage check lint format types wheel bench docs clean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -51,8 +53,11 @@ types: $(VENV)/test.stamp
 wheel: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest tests/test_packaging.py
 
+docs: $(DOCS)/docs.stamp
+	$(DOCS)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(ZOO) build dist out *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ZOO) $(DOCS) build dist out *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # ensurepip is not part of every Python; a pip outside can fill an environment that has none.
 %/pip.stamp:
@@ -75,4 +80,9 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SETUP)
 $(ZOO)/zoo.stamp: $(ZOO)/pip.stamp $(SETUP)
 	$(ZOO)/bin/pip install --quiet $(TORCH_ZOO)
 	$(ZOO)/bin/pip install --quiet -e ".[test,zoo]"
+	@touch $@
+
+# The pages are made from the sources as text: no torch is needed.
+$(DOCS)/docs.stamp: $(DOCS)/pip.stamp $(SETUP)
+	$(DOCS)/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
 	@touch $@
