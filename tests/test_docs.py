@@ -53,14 +53,18 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in RUNNABLE if any(n for n, _ in programs(p))], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in RUNNABLE if any(n for n, _ in programs(p))], ids=lambda p: p.stem
+)
 def test_python_that_needs_other_packages_runs(page: Path, tmp_path: Path) -> None:
     run(page, tmp_path, is_wanted=True)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_links_lead_to_files(page: Path) -> None:
-    targets = [t for t in LINK.findall(BLOCK.sub("", page.read_text())) if not t.startswith(("http", "mailto:"))]
+    targets = [
+        t for t in LINK.findall(BLOCK.sub("", page.read_text())) if not t.startswith(("http", "mailto:"))
+    ]
     gone = [t for t in targets if not (page.parent / t).resolve().exists()]
     assert not gone, f"{page.name} links to {gone}"
 
