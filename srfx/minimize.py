@@ -18,6 +18,7 @@ from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.passes import PASSES, Pass, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
+from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.record.attach import attach
 from srfx.record.recorder import Recorder
 from srfx.verify import verify as run_verification
@@ -44,6 +45,7 @@ def minimize(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     multiple_of: int = 1,
+    ragged: bool = False,
     verify: bool = False,
 ) -> fx.GraphModule:
     """Rewrite a network whose weights contain zeros into a smaller dense one that computes the same.
@@ -93,14 +95,18 @@ def minimize(
     if isinstance(model, ExportedProgram):
         model = model.module()
     with plain_torch():
-        small = _minimize(model, example_inputs, example_kwargs, multiple_of)
+        small = _minimize(model, example_inputs, example_kwargs, multiple_of, ragged)
     if verify:
         check_result(model, small, example_inputs, example_kwargs)
     return small
 
 
 def _minimize(
-    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None, multiple_of: int
+    model: nn.Module,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    multiple_of: int,
+    ragged: bool,
 ) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
@@ -114,7 +120,11 @@ def _minimize(
     for name, refusal in done.refusals:
         recorder.refusals(name, [refusal])
 
-    compact = CompactChannels(before.inputs, multiple_of, canonical.values)
+    values: dict[fx.Node, Any] | None = canonical.values
+    if ragged:
+        RaggedReadsWrites(before.inputs, multiple_of)(gm)
+        values = None
+    compact = CompactChannels(before.inputs, multiple_of, values)
     with on_cpu():
         edits = compact(gm).edits
         assert compact.facts is not None

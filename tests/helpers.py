@@ -271,6 +271,12 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def size_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameter shapes by name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -297,6 +303,7 @@ def check(
     routes: Sequence[str] = ROUTES,
     rtol: float = 1e-9,
     idempotent: bool = True,
+    ragged: bool = False,
 ) -> dict[str, Outcome]:
     """Minimize a model by every route and hold the result against all that is promised.
 
@@ -310,6 +317,7 @@ def check(
         routes: ways of tracing.
         rtol: largest error relative to an output's largest entry, in float64.
         idempotent: whether minimizing again must plan nothing.
+        ragged: give each reader and writer channels of its own.
     """
     model, inputs = copy.deepcopy(model).double(), _cast(inputs, torch.float64)
     tries = [inputs, _more(inputs, 3), *(_cast(o, torch.float64) for o in others)]
@@ -317,7 +325,7 @@ def check(
     for route in routes:
         traced = trace(model, inputs, route)
         before = snapshot(traced)
-        small = minimize(traced, inputs)
+        small = minimize(traced, inputs, ragged=ragged)
         assert_unchanged(traced, before)
         notes = srfx.plan(small).refusals
         outcome = Outcome(small, [], [Refusal(n.node, Reason[n.reason], n.detail) for n in notes])
@@ -335,6 +343,9 @@ def check(
             again = plan_of(small, inputs)
             assert count(again.small) == count(small), f"{route}: {count(small)}, then {count(again.small)}"
             assert not again.edits, f"{route}: a second run plans {again.edits[:3]}"
+            if ragged:
+                more = minimize(small, inputs, ragged=True)
+                assert size_bytes(more) == size_bytes(small), f"{route}: {size_bytes(small)} bytes, then {size_bytes(more)}"
         found[route] = outcome
     return found
 

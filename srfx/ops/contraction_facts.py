@@ -23,7 +23,7 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.rule import OpRule
+from srfx.ops.rule import OpRule, PortSite
 
 
 class ContractionFacts(OpRule):
@@ -96,6 +96,13 @@ class ContractionFacts(OpRule):
         if bias is not None and not (isinstance(bias, Param) and bias.shape == (call.out_shape[axis],)):
             return False  # computed, or not one number for each row: nothing can be folded into it
         return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
+
+    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+        """The operand; constants that meet a border in a grouped convolution have to be there, from anywhere."""
+        x = call.value("input")
+        if self.refused(call) is not None or not isinstance(x, fx.Node):
+            return []
+        return [PortSite(x, self.channel_axis(call), self.groups(call) > 1)]
 
     # -------------------------------------------------------------- labels
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:

@@ -15,7 +15,7 @@ from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.rule import OpRule
+from srfx.ops.rule import OpRule, PortSite
 
 
 class Elementwise(OpRule):
@@ -63,6 +63,19 @@ class Elementwise(OpRule):
     def _label_integers(self, call: Call, labels: Labeller) -> None:
         if not any(labels.is_dynamic(n) for n in call.node.all_input_nodes):
             labels.static.add(call.node)
+
+    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+        """Computed operands, where there are several: each brings the channels in which it varies."""
+        if not isinstance(call.output, Tensor):
+            return []
+        independent, rank = call.program.independent, len(call.out_shape)
+        computed = [v for v in self.operands(call) if isinstance(v, fx.Node) and v not in independent]
+        found: list[PortSite] = []
+        for axis in range(-rank, 0):
+            wide = [v for v in computed if len(call.shape(v)) >= -axis and call.shape(v)[axis] > 1]
+            if len(wide) > 1 and any(len(call.shape(v)) + axis in labels.of(v) for v in wide):
+                found += [PortSite(v, len(call.shape(v)) + axis, True) for v in wide]
+        return found
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         if not isinstance(call.output, Tensor):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
@@ -23,6 +24,18 @@ class Effect(Enum):
     PURE = "nothing"
     RANDOM = "draws random numbers"
     IMPURE = "may do anything"
+
+
+@dataclass(frozen=True)
+class PortSite:
+    """An operand that its reader may narrow: a node, the axis of its channels, and whether constants may be supplied.
+
+    ``absorbs``: a constant that the reader needs may come from a stored tensor instead of the operand.
+    """
+
+    operand: fx.Node
+    axis: int
+    absorbs: bool
 
 
 class OpRule:
@@ -70,6 +83,10 @@ class OpRule:
             else:
                 demand[value] = everything(len(call.shape(value)))
         return demand
+
+    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+        """Operands of which this call may read channels of its own choice, whatever others keep."""
+        return []
 
     def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
         """Labels that have to be kept beside the live ones, given the kept set so far (None: no more)."""

@@ -49,7 +49,7 @@ class IndexSelect(AlongAxis):
         if self.index(call) is not None:
             return (
                 self._label_copies(call, labels)
-                if self._repeats(call, labels)
+                if self._is_free(call, labels)
                 else super().label(call, labels)
             )
         source = self.source(call)
@@ -60,14 +60,18 @@ class IndexSelect(AlongAxis):
             _flatten_ties(f, axis, labels)
         return {a: f.narrow(axis, 0, 1) for a, f in fields.items()}
 
-    def _repeats(self, call: Call, labels: Labeller) -> bool:
-        """Whether some position of a channel axis is taken more than once, as heads of keys for grouped queries are."""
+    def _is_free(self, call: Call, labels: Labeller) -> bool:
+        """Whether what is taken may be narrower than its source: there is one vector of channels, or some repeat.
+
+        Heads of keys repeat for grouped queries.
+        """
         take, fields = self.selection(call), labels.of(self.source(call))
         if take.axis not in fields:
             return bool(take.extent == 1)  # the one head of multi-query attention
         if fields[take.axis].numel() != take.extent:
             return False
-        return bool(take.source.unique().numel() < take.source.numel())
+        alike = all(f.shape[take.axis] == 1 for a, f in fields.items() if a != take.axis)
+        return alike or bool(take.source.unique().numel() < take.source.numel())
 
     def _label_copies(self, call: Call, labels: Labeller) -> Fields:
         """Each copy may go by itself: a kept copy keeps its source, and has the lanes that its source has."""

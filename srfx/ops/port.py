@@ -1,0 +1,212 @@
+"""Ports: readers of one value that keep different channels of it (theory: Lemmas G1 to G3).
+
+    port        y = x, as one reader sees it: its channels are numbered anew.  It stands in a graph between analysis
+                and compaction only; what it becomes is nothing, a slice, a selection or a spread.
+    spread      y[index[i]] = x[i], and constants elsewhere: what is left of a port whose reader needs constants
+
+Both are y[c] = x[s(c)] where s(c) >= 0 and a known number elsewhere, with labels of their own for y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srfx.ir.attrs import set_attr
+from srfx.ir.call import Call
+from srfx.ir.editor import GraphEdit, GraphEditor
+from srfx.ir.edits import Bypass
+from srfx.ir.plan import Reason
+from srfx.ir.program import Param
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields, Step, Take
+from srfx.nn.selection import spread
+from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.movement import Movement
+from srfx.ops.registry import op_rule
+from srfx.ops.sizes import is_range
+
+
+def port(x: Tensor, dim: int, absorbs: bool) -> Tensor:
+    """x itself.
+
+    Args:
+        x: any tensor.
+        dim: the axis whose channels the reader may select, not negative.
+        absorbs: constants that the reader needs may come from a stored tensor instead of x.
+    """
+    return x
+
+
+class Rewired(Movement):
+    """y[c] = x[s(c)] or a known number, along one axis; y's channels are free of x's."""
+
+    signature: tuple[str, ...] = ("input", "dim")
+
+    def axis(self, call: Call) -> int:
+        dim: int = call["dim"]
+        return dim + len(call.out_shape) if dim < 0 else dim
+
+    def sources(self, call: Call) -> Tensor:
+        """Return s [C]; -1 where a number stands."""
+        raise NotImplementedError
+
+    def numbers(self, call: Call) -> Tensor:
+        """The number of each channel, [C] float64; 0 where there is none."""
+        raise NotImplementedError
+
+    def absorbs(self, call: Call) -> bool:
+        """Whether a constant of x may become a number of y."""
+        return True
+
+    def steps(self, call: Call) -> list[Step]:
+        return [Take(self.axis(call), self.sources(call), call.shape(self.source(call))[self.axis(call)])]
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        axis, rank = self.axis(call), len(call.out_shape)
+        own = labels.table.fresh(call.out_shape[axis])
+        fields = dict(labels.of(self.source(call)))
+        if not self.absorbs(call) and axis in fields:  # a channel that is kept has to come from somewhere
+            labels.table.imply(own, fields[axis].flatten())
+        fields[axis] = own.view([-1 if a == axis else 1 for a in range(rank)])
+        for name in ("index", "template"):
+            value = call.value(name)
+            if value is not None:
+                labels.pin(value, call.node.name, Reason.CONSTANT_TABLE)
+        return fields
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        found, axis = super().forward(call, facts), self.axis(call)
+        fresh = self.sources(call) < 0
+        if not bool(fresh.any()):
+            return found
+        shape = [-1 if a == axis else 1 for a in range(len(call.out_shape))]
+        value = torch.where(fresh.view(shape), self.numbers(call).view(shape), found.value.double().cpu())
+        return Constancy(found.varies, value)
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        demand = super().backward(call, live, facts)
+        if not self.absorbs(call):
+            return demand
+        source = self.source(call)
+        needed = self._settled(call, facts).varies | facts.kept_channels(source)
+        return {source: collapse(demand[source] & needed, facts.layout(source))}
+
+    def _settled(self, call: Call, facts: FactTable) -> Constancy:
+        c = facts.constancy(self.source(call))
+        return Constancy(c.varies.cpu(), c.value.double().cpu()).settle([self.axis(call)])
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        source, axis = self.source(call), self.axis(call)
+        fields, n_before = facts.fields(source), call.shape(source)[axis]
+        held = facts.index(fields, axis) if axis in fields else torch.arange(n_before)
+        wanted = facts.index(facts.fields(call.node), axis)
+        place = torch.full((n_before,), -1).index_copy(0, held, torch.arange(held.numel()))
+        s = self.sources(call)[wanted]
+        found = torch.where(s >= 0, place[s.clamp(min=0)], -1)
+        if self.is_unchanged(call, found, held.numel(), s):
+            return []
+        constants = self._settled(call, facts)
+        value = torch.where(constants.varies, 0.0, constants.value).flatten().expand(n_before)
+        numbers = torch.where(s >= 0, value[s.clamp(min=0)], self.numbers(call)[wanted])
+        return [self._form(call, axis, found, torch.where(found < 0, numbers, 0.0), held.numel())]
+
+    def is_unchanged(self, call: Call, found: Tensor, n_held: int, s: Tensor) -> bool:
+        """Whether the call may stay as it is."""
+        return False
+
+    def _form(self, call: Call, axis: int, found: Tensor, numbers: Tensor, n_held: int) -> Rewire | Bypass:
+        """Channel c is the ``found[c]``-th of the operand, or a number where that is -1."""
+        name, operand, dim = call.node.name, call["input"].name, axis - len(call.out_shape)
+        at = (found >= 0).nonzero().flatten()
+        chosen = found[at]
+        if at.numel() == found.numel():
+            if chosen.numel() == n_held and is_range(chosen):
+                return Bypass(name, operand)
+            return Rewire(name, operand, dim, _stored(chosen, call))
+        chosen, order = chosen.sort()
+        selected = None if chosen.numel() == n_held else _stored(chosen, call)
+        template = numbers.to(call.output.dtype).to(call.output.device)
+        return Rewire(name, operand, dim, selected, _stored(at[order], call), template)
+
+
+def _stored(index: Tensor, call: Call) -> Tensor:
+    return index.to(torch.int32).to(call.output.device)
+
+
+@dataclass(frozen=True)
+class Rewire(GraphEdit):
+    """The call becomes a selection of its operand's channels, a spread of them among constants, or both."""
+
+    operand: str
+    dim: int
+    selected: Tensor | None = None
+    index: Tensor | None = None
+    template: Tensor | None = None
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        result = editor.nodes[self.operand]
+        if self.selected is not None:
+            path = f"{self.node}_selected"
+            set_attr(editor.gm, path, self.selected)
+            stored = editor.attribute_node(path, node)
+            with graph.inserting_before(node):
+                result = graph.call_function(torch.index_select, (result, self.dim, stored))
+        if self.index is not None and self.template is not None:
+            stored_all = []
+            for role in ("index", "template"):
+                set_attr(editor.gm, f"{self.node}_{role}", getattr(self, role))
+                stored_all.append(editor.attribute_node(f"{self.node}_{role}", node))
+            with graph.inserting_before(node):
+                result = graph.call_function(spread, (result, self.dim, *stored_all))
+        node.replace_all_uses_with(result)
+        editor.nodes[self.node] = result
+
+
+@op_rule(port)
+class Port(Rewired):
+    """y = x, numbered anew for one reader (theory: Lemma G1)."""
+
+    signature: tuple[str, ...] = ("input", "dim", "absorbs")
+
+    def absorbs(self, call: Call) -> bool:
+        return bool(call["absorbs"])
+
+    def sources(self, call: Call) -> Tensor:
+        return torch.arange(call.out_shape[self.axis(call)])
+
+    def numbers(self, call: Call) -> Tensor:
+        return torch.zeros(call.out_shape[self.axis(call)], dtype=torch.float64)
+
+    def steps(self, call: Call) -> list[Step]:
+        return []
+
+
+@op_rule(spread)
+class Spread(Rewired):
+    """y[index[i]] = x[i], y[c] = template[c] elsewhere (theory: Lemma G2)."""
+
+    signature: tuple[str, ...] = ("input", "dim", "index", "template")
+
+    def is_unrecognised(self, call: Call) -> bool:
+        return not all(isinstance(call.value(name), Param) for name in ("index", "template"))
+
+    def sources(self, call: Call) -> Tensor:
+        index, n = self._tensor(call, "index").long(), call.out_shape[self.axis(call)]
+        return torch.full((n,), -1).index_copy(0, index, torch.arange(index.numel()))
+
+    def numbers(self, call: Call) -> Tensor:
+        return self._tensor(call, "template").double()
+
+    def _tensor(self, call: Call, name: str) -> Tensor:
+        value = call.value(name)
+        assert isinstance(value, Param)
+        return value.tensor.detach().cpu()
+
+    def is_unchanged(self, call: Call, found: Tensor, n_held: int, s: Tensor) -> bool:
+        return torch.equal(found, self.sources(call)) and n_held == self._tensor(call, "index").numel()
