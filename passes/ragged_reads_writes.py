@@ -1,11 +1,11 @@
-"""Let each reader of a value take, and each writer of a sum bring, channels of its own.
+"""Let each reader of a value take, and each operand of a sum bring, channels of its own.
 
 Before: y1 = f(x);  y2 = g(x);  z = x + w         every tensor keeps the channels that any of its neighbours needs
 After:  y1 = f(port(x));  y2 = g(port(x));  z = port(x) + port(w)
 
-A port is the identity, with channels numbered anew (`srfx.ops.port`).  Compaction that follows cuts both sides of
-it apart, and makes of it what is needed: nothing, a selection, a spread among constants.  A port stays only where
-it saves more than it costs.
+A port is the identity, with channels numbered anew (`srfx.ops.port`).  Compaction, which follows, cuts both sides of
+it apart, and makes of it what is needed: nothing, a selection, a spread among constants.  A port is opened only where
+it saves more bytes than its index takes (theory: Lemmas G1 to G4).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from srfx.analysis import analyse
+from srfx.analysis.calls import Site
 from srfx.ir.clone import clone_graph
-from srfx.ir.plan import Edit, Plan
-from srfx.ir.program import Param
+from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.ops.facts import FactTable
 from srfx.ops.port import port
+from srfx.passes._port_costs import Cut, class_bytes, cut_at
 from srfx.passes.base import Pass, register_pass
 
 
@@ -38,45 +38,63 @@ class OpenPort(Edit):
 
 @register_pass("ragged-reads-writes")
 class RaggedReadsWrites(Pass):
-    """Put ports where they make tensors smaller by more than their indices.
+    """Put ports where they make stored tensors smaller by more than their indices.
 
     Args:
         hints: one example or fake value for each placeholder; None takes metadata or probes.
         multiple_of: as for compaction.
+        values: values of all nodes of the graph as it is now, when they are known already.
+
+    Refuses: GROWS where the index takes more than the channels; BLOCK_COUNT where heads keep different channels.
     """
 
     takes_hints = True
 
-    def __init__(self, hints: Sequence[Any] | None = None, multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        hints: Sequence[Any] | None = None,
+        multiple_of: int = 1,
+        values: dict[fx.Node, Any] | None = None,
+    ) -> None:
         self.hints = hints
         self.multiple_of = multiple_of
+        self.values = values
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        values, self.values = self.values, None  # true of the first round only
+        if values is None:
+            values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
         facts, sites = analyse(gm, values, self.multiple_of)
-        edits: list[OpenPort] = []
-        for site in sites:
-            taken: set[fx.Node] = set()
-            for p in site.rule.ports(site.call, facts.labeller):
-                if p.operand not in taken and _is_one_vector(facts, p.operand, p.axis):
-                    taken.add(p.operand)
-                    edits.append(OpenPort(site.node.name, p.operand.name, p.axis, p.absorbs))
-        while edits:
-            paying = self._paying(gm, values, edits)
-            if len(paying) == len(edits):
+        found = Plan()
+        ports = _candidates(facts, sites, found)
+        while ports:
+            cuts = self._solve(gm, values, ports)
+            wasted = [e for e, (cut, is_paying) in cuts.items() if not (cut.is_trivial or is_paying)]
+            found.refusals += [_refusal(e, cuts[e][0]) for e in wasted]
+            ports = [e for e in ports if e not in wasted]
+            if not wasted:
+                found.edits += [e for e in ports if cuts[e][1]]
                 break
-            edits = paying
-        return Plan(list(edits))
+        return found
 
-    def _paying(self, gm: fx.GraphModule, values: dict[fx.Node, Any], edits: list[OpenPort]) -> list[OpenPort]:
-        """Those of the ports that save something when all of them are open."""
+    def _solve(
+        self, gm: fx.GraphModule, values: dict[fx.Node, Any], edits: list[OpenPort]
+    ) -> dict[OpenPort, tuple[Cut, bool]]:
+        """Both sides of each port when all of them are open, and whether it saves anything."""
         trial = fx.GraphModule(gm, clone_graph(gm.graph))
+        opened = {open_port(trial, e): e for e in edits}
         by_name = {n.name: v for n, v in values.items()}
-        ports = {open_port(trial, e): e for e in edits}
-        hints = {n: by_name[ports[n].operand if n in ports else n.name] for n in trial.graph.nodes}
+        hints = {n: by_name[opened[n].operand if n in opened else n.name] for n in trial.graph.nodes}
         facts, _ = analyse(trial, hints, self.multiple_of)
         costs = class_bytes(facts)
-        return [e for node, e in ports.items() if _saves(facts, node, e.axis, costs)]
+        found = {}
+        for node, e in opened.items():
+            cut = cut_at(facts, node, e.axis)
+            spent = cut.size_bytes
+            if cut.n_supplied():
+                spent += facts.program.hints[node].element_size() * cut.inside.numel()
+            found[e] = (cut, not cut.is_trivial and cut.saved(costs) > spent)
+        return found
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         assert isinstance(edit, OpenPort)
@@ -87,12 +105,24 @@ def open_port(gm: fx.GraphModule, edit: OpenPort) -> fx.Node:
     """Insert the port; returns its node."""
     nodes = {n.name: n for n in gm.graph.nodes}
     reader, operand = nodes[edit.node], nodes[edit.operand]
+    name = f"{reader.name}_{operand.name}_port"
     with gm.graph.inserting_before(reader):
-        node = gm.graph.create_node(
-            "call_function", port, (operand, edit.axis, edit.absorbs), {}, f"{reader.name}_{operand.name}_port"
-        )
+        node = gm.graph.create_node("call_function", port, (operand, edit.axis, edit.absorbs), {}, name)
     reader.replace_input_with(operand, node)
     return node
+
+
+def _candidates(facts: FactTable, sites: list[Site], plan: Plan) -> list[OpenPort]:
+    """A port for every operand whose reader may select, where its channels form one vector."""
+    found: dict[tuple[str, str], OpenPort] = {}
+    for site in sites:
+        for p in site.rule.ports(site.call, facts.labeller):
+            if not _is_one_vector(facts, p.operand, p.axis):
+                plan.refusals.append(Refusal(site.node.name, Reason.BLOCK_COUNT, f"{p.operand.name} has blocks"))
+                continue
+            edit = OpenPort(site.node.name, p.operand.name, p.axis, p.absorbs)
+            found.setdefault((edit.node, edit.operand), edit)
+    return list(found.values())
 
 
 def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
@@ -103,39 +133,6 @@ def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
     return all(f.shape[axis] == 1 for a, f in fields.items() if a != axis)
 
 
-def class_bytes(facts: FactTable) -> Tensor:
-    """What one more channel of each class would cost in stored bytes, [labels] by representative."""
-    found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
-    rep = facts.classes.representative
-    for param in facts.program.params():
-        fields = facts.labeller.fields.get(param)
-        if not isinstance(fields, dict) or not param.names:
-            continue
-        counts = [facts.count(fields, a) if a in fields else n for a, n in enumerate(param.shape)]
-        for labels in fields.values():
-            each = param.tensor.element_size()
-            for d, n in enumerate(labels.shape):
-                each *= counts[d] if n == 1 else 1
-            found.index_add_(0, rep[labels].flatten(), torch.full((labels.numel(),), float(each), dtype=torch.float64))
-    return found
-
-
-def _saves(facts: FactTable, node: fx.Node, axis: int, costs: Tensor) -> bool:
-    source = facts.program.value(node.args[0])  # type: ignore[arg-type]
-    rep = facts.classes.representative
-    here = rep[facts.fields(node)[axis].flatten()]
-    has_here = facts.kept[here]
-    fields = facts.fields(source)
-    if axis in fields:
-        there = rep[fields[axis].flatten()]
-        has_there = facts.kept[there]
-        saved = float(costs[there[has_here & ~has_there].unique()].sum())
-    else:
-        has_there = torch.ones_like(has_here)
-        saved = 0.0
-    if torch.equal(has_here, has_there):
-        return False
-    saved += float(costs[here[has_there & ~has_here].unique()].sum())
-    n_index, is_spread = int(has_here.sum()), bool((has_here & ~has_there).any())
-    spent = 4 * n_index + (facts.program.hints[node].element_size() * n_index if is_spread else 0)
-    return saved > spent
+def _refusal(edit: OpenPort, cut: Cut) -> Refusal:
+    n = int((cut.inside != cut.outside).sum())
+    return Refusal(edit.node, Reason.GROWS, f"an index to leave out {n} channels of {edit.operand} takes more")

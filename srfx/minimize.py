@@ -64,6 +64,9 @@ def minimize(
         example_kwargs: keyword arguments.
         multiple_of: keep the number of channels of every tensor a multiple of this where there are enough
             channels, by keeping some dead ones; inputs and outputs stay as they are.
+        ragged: let each layer read only those channels of a shared value that it needs, and bring only those
+            to a sum that it computes, through index buffers; no kept weight then has a row or column of zeros.
+            The result is smaller, and not always faster (docs/ragged.md).
         verify: run both models on the examples, or on generated inputs, and compare (see `srfx.verify`).
 
     Returns:
@@ -116,14 +119,16 @@ def _minimize(
     done = canonicalise(gm, hints)
     canonical = survey(gm, hints)
     assert_same_interface(before, canonical)
-    recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of})
+    recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of, "ragged": ragged})
     for name, refusal in done.refusals:
         recorder.refusals(name, [refusal])
 
     values: dict[fx.Node, Any] | None = canonical.values
     if ragged:
-        RaggedReadsWrites(before.inputs, multiple_of)(gm)
-        values = None
+        with on_cpu():
+            opened = RaggedReadsWrites(before.inputs, multiple_of, values)(gm)
+        recorder.refusals(RaggedReadsWrites.name, opened.refusals)
+        values = None if opened.modified else values
     compact = CompactChannels(before.inputs, multiple_of, values)
     with on_cpu():
         edits = compact(gm).edits

@@ -93,8 +93,17 @@ class Rewired(Movement):
         if not self.absorbs(call):
             return demand
         source = self.source(call)
-        needed = self._settled(call, facts).varies | facts.kept_channels(source)
-        return {source: collapse(demand[source] & needed, facts.layout(source))}
+        wanted, varies = demand[source], self._settled(call, facts).varies
+        if not self._supplies(call, facts):
+            varies = varies | facts.kept_channels(source)
+        return {source: collapse(wanted & varies, facts.layout(source))}
+
+    def _supplies(self, call: Call, facts: FactTable) -> bool:
+        """Whether the constants of x come from a stored tensor: all of them, unless all that are needed are there."""
+        source = self.source(call)
+        wanted = super().backward(call, facts.liveness(call.node), facts)[source]
+        constant = wanted & ~self._settled(call, facts).varies
+        return self.absorbs(call) and bool((constant & ~facts.kept_channels(source)).any())
 
     def _settled(self, call: Call, facts: FactTable) -> Constancy:
         c = facts.constancy(self.source(call))
@@ -104,14 +113,17 @@ class Rewired(Movement):
         source, axis = self.source(call), self.axis(call)
         fields, n_before = facts.fields(source), call.shape(source)[axis]
         held = facts.index(fields, axis) if axis in fields else torch.arange(n_before)
+        constants = self._settled(call, facts)
+        varies = constants.varies.flatten().expand(n_before)
         wanted = facts.index(facts.fields(call.node), axis)
         place = torch.full((n_before,), -1).index_copy(0, held, torch.arange(held.numel()))
+        if self._supplies(call, facts):
+            place = torch.where(varies, place, -1)
         s = self.sources(call)[wanted]
         found = torch.where(s >= 0, place[s.clamp(min=0)], -1)
         if self.is_unchanged(call, found, held.numel(), s):
             return []
-        constants = self._settled(call, facts)
-        value = torch.where(constants.varies, 0.0, constants.value).flatten().expand(n_before)
+        value = torch.where(varies, 0.0, constants.value.flatten().expand(n_before))
         numbers = torch.where(s >= 0, value[s.clamp(min=0)], self.numbers(call)[wanted])
         return [self._form(call, axis, found, torch.where(found < 0, numbers, 0.0), held.numel())]
 
