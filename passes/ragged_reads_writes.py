@@ -118,7 +118,9 @@ def _candidates(facts: FactTable, sites: list[Site], plan: Plan) -> list[OpenPor
     for site in sites:
         for p in site.rule.ports(site.call, facts.labeller):
             if not _is_one_vector(facts, p.operand, p.axis):
-                plan.refusals.append(Refusal(site.node.name, Reason.BLOCK_COUNT, f"{p.operand.name} has blocks"))
+                plan.refusals.append(
+                    Refusal(site.node.name, Reason.BLOCK_COUNT, f"{p.operand.name} has blocks")
+                )
                 continue
             edit = OpenPort(site.node.name, p.operand.name, p.axis, p.absorbs)
             found.setdefault((edit.node, edit.operand), edit)
@@ -135,4 +137,6 @@ def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
 
 def _refusal(edit: OpenPort, cut: Cut) -> Refusal:
     n = int((cut.inside != cut.outside).sum())
-    return Refusal(edit.node, Reason.GROWS, f"an index to leave out {n} channels of {edit.operand} takes more")
+    return Refusal(
+        edit.node, Reason.GROWS, f"an index to leave out {n} channels of {edit.operand} takes more"
+    )

@@ -79,7 +79,7 @@ def minimize(
         MissingShapesError: pass ``example_inputs``.
         UnsupportedModelError: lazy, quantized or sparse parameters.
         VerificationError: ``verify`` found a difference; it names the numbers.
-        ValueError: ``multiple_of`` is less than 1.
+        ValueError: ``multiple_of`` is less than 1, or ``ragged`` is none of its values.
         AssertionError: the result is wrong (a bug of srfx).
 
     Example:
@@ -93,6 +93,8 @@ def minimize(
 
     Cost: a few passes over the weights and about 2 ms per node of the graph; memory for the kept weights.
     """
+    if not isinstance(ragged, bool):
+        raise ValueError(f"ragged is True or False; got {ragged!r}")
     if multiple_of < 1:
         raise ValueError(f"multiple_of is a count of channels, at least 1; got {multiple_of}")
     if isinstance(model, ExportedProgram):
@@ -124,16 +126,19 @@ def _minimize(
         recorder.refusals(name, [refusal])
 
     values: dict[fx.Node, Any] | None = canonical.values
-    if ragged:
-        with on_cpu():
-            opened = RaggedReadsWrites(before.inputs, multiple_of, values)(gm)
-        recorder.refusals(RaggedReadsWrites.name, opened.refusals)
-        values = None if opened.modified else values
-    compact = CompactChannels(before.inputs, multiple_of, values)
     with on_cpu():
-        edits = compact(gm).edits
-        assert compact.facts is not None
-        recorder.compaction(compact.name, edits, compact.facts)
+        is_open = True
+        while is_open:
+            is_open = False
+            if ragged:
+                opened = RaggedReadsWrites(before.inputs, multiple_of, values)(gm)
+                recorder.refusals(RaggedReadsWrites.name, opened.refusals)
+                is_open = opened.modified
+                values = None if is_open else values
+            compact = CompactChannels(before.inputs, multiple_of, values)
+            edits, values = compact(gm).edits, None
+            assert compact.facts is not None
+            recorder.compaction(compact.name, edits, compact.facts)
 
     after = survey_result(gm, before.inputs)
     assert_same_interface(before, after)

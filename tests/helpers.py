@@ -345,7 +345,9 @@ def check(
             assert not again.edits, f"{route}: a second run plans {again.edits[:3]}"
             if ragged:
                 more = minimize(small, inputs, ragged=True)
-                assert size_bytes(more) == size_bytes(small), f"{route}: {size_bytes(small)} bytes, then {size_bytes(more)}"
+                assert size_bytes(more) == size_bytes(small), (
+                    f"{route}: {size_bytes(small)} bytes, then {size_bytes(more)}"
+                )
         found[route] = outcome
     return found
 

@@ -31,7 +31,7 @@ from srfx.ops.sizes import is_range
 
 
 def port(x: Tensor, dim: int, absorbs: bool) -> Tensor:
-    """x itself.
+    """X itself.
 
     Args:
         x: any tensor.

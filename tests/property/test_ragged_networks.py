@@ -36,7 +36,13 @@ def test_perceptrons(data: st.DataObject) -> None:
     assert size_bytes(found["symbolic"].small) <= size_bytes(aligned)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
 @given(norm_stacks.stacks)
 def test_norm_stacks(stack: norm_stacks.Stack) -> None:
     x = torch.randn(2, norm_stacks.N_TOKENS, 5, generator=torch.Generator().manual_seed(stack.seed)).double()

@@ -1,0 +1,220 @@
+"""Ragged reads and writes: what is removed where neighbours disagree, and that the result is the same."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import srfx
+from srfx.ir.plan import Reason
+from srfx.minimize import minimize
+from srfx.nn.selection import spread
+from srfx.passes import get_pass
+from srfx.passes.ragged_reads_writes import OpenPort
+from tests.helpers import assert_equivalent, check, kill, randomized, shapes
+
+
+class TwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.a, self.b = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.front(x).relu()
+        return self.a(y), self.b(y)
+
+
+def two_readers() -> nn.Module:
+    model = randomized(TwoReaders())
+    kill(model.a, columns=range(6))
+    kill(model.b, columns=range(10, 16))
+    return model
+
+
+def test_each_reader_selects() -> None:
+    check(two_readers(), (torch.randn(3, 5),), kept={"front.weight": (16, 5), "a.weight": (16, 10), "b.weight": (16, 10)},
+          ragged=True)  # fmt: skip
+    check(two_readers(), (torch.randn(3, 5),), kept={"a.weight": (16, 16), "b.weight": (16, 16)})
+
+
+def test_input_features_nobody_reads() -> None:
+    model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 2))
+    kill(randomized(model)[0], columns=range(0, 40, 2))
+    found = check(model, (torch.randn(3, 40),), kept={"0.weight": (8, 20)}, ragged=True)
+    small = found["symbolic"].small
+    (index,) = (b for n, b in small.named_buffers() if n.endswith("selected"))
+    assert index.dtype == torch.int32
+    assert index.tolist() == list(range(1, 40, 2))
+
+
+def test_input_planes_nobody_reads() -> None:
+    model = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    kill(randomized(model)[0], columns=range(5))
+    check(model, (torch.randn(2, 12, 6, 6),), kept={"0.weight": (8, 7, 3, 3)}, ragged=True)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(width, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.head = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        z: Tensor = self.head((x + y).relu())
+        return z
+
+
+def residual() -> nn.Module:
+    model = randomized(Residual())
+    kill(model.conv1, columns=range(4))
+    kill(model.conv2, rows=range(8, 14))
+    return model
+
+
+def test_branch_writes_its_own_channels() -> None:
+    """Rows of the branch that are dead leave a constant (the shift of the norm), which the sum still gets."""
+    found = check(residual(), (torch.randn(2, 3, 6, 6),), others=[(torch.randn(1, 3, 7, 5),)], ragged=True,
+                  kept={"conv1.weight": (12, 12, 3, 3), "conv2.weight": (10, 12, 3, 3), "bn2.weight": (10,),
+                        "stem.weight": (16, 3, 3, 3)})  # fmt: skip
+    small = found["symbolic"].small
+    assert [n.target for n in small.graph.nodes if n.target is spread] == [spread]
+    check(residual(), (torch.randn(2, 3, 6, 6),), kept={"conv2.weight": (16, 12, 3, 3)})
+
+
+def test_constants_of_a_depthwise_convolution_are_stored() -> None:
+    """Padding makes more than a constant of a nonzero constant, so the channel stays, but not what computed it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.deep, self.down = (
+                nn.Conv2d(20, 24, 1),
+                nn.Conv2d(24, 24, 3, padding=1, groups=24),
+                nn.Conv2d(24, 4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(self.deep(self.up(x)).relu())
+            return y
+
+    model = randomized(Net())
+    kill(model.up, rows=range(9))
+    kept = {"up.weight": (15, 20, 1, 1), "deep.weight": (24, 1, 3, 3), "down.weight": (4, 24, 1, 1)}
+    check(model, (torch.randn(2, 20, 6, 6),), others=[(torch.randn(1, 20, 5, 8),)], kept=kept, ragged=True)
+
+
+class Embedded(nn.Module):
+    def __init__(self, is_tied: bool = False) -> None:
+        super().__init__()
+        self.word, self.place = nn.Embedding(30, 16), nn.Embedding(8, 16)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.last, self.head = nn.LayerNorm(16), nn.Linear(16, 30, bias=False)
+        if is_tied:
+            self.head.weight = self.word.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.word(tokens) + self.place(torch.arange(tokens.shape[1]))
+        x = x + self.down(self.up(self.norm(x)).relu())
+        y: Tensor = self.head(self.last(x))
+        return y
+
+
+def test_columns_of_embeddings_and_readers_of_norms() -> None:
+    model = randomized(Embedded())
+    with torch.no_grad():
+        model.place.weight[:, :10] = 0
+    kill(model.up, columns=range(3, 12))
+    kill(model.down, rows=range(5))
+    kill(model.head, columns=range(8))
+    tokens = (torch.randint(0, 30, (2, 8)),)
+    kept = {"word.weight": (30, 16), "place.weight": (8, 6), "up.weight": (24, 7), "down.weight": (11, 24),
+            "head.weight": (30, 8)}  # fmt: skip
+    check(model, tokens, routes=("symbolic",), ragged=True, kept=kept)
+
+
+def test_a_tied_weight_is_cut_for_both_sites() -> None:
+    model = randomized(Embedded(is_tied=True))
+    with torch.no_grad():
+        model.word.weight[:, :6] = 0
+    tokens = (torch.randint(0, 30, (2, 8)),)
+    check(model, tokens, kept={"word.weight": (30, 10)}, routes=("symbolic",), ragged=True)
+
+
+def test_heads_with_blocks_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = (layer(x).view(-1, 5, 3, 4) for layer in (self.a, self.b))
+            y: Tensor = self.out((a + b).flatten(2))
+            return y
+
+    model = randomized(Net())
+    kill(model.a, rows=(0, 4, 8))
+    check(model, (torch.randn(2, 5, 8),), reasons=[Reason.BLOCK_COUNT], routes=("symbolic",), ragged=True)
+
+
+def test_an_index_that_takes_more_than_it_saves_is_refused() -> None:
+    model = randomized(TwoReaders())
+    model.b = nn.Linear(16, 1)
+    kill(randomized(model).b, columns=(3,))
+    found = check(
+        model, (torch.randn(3, 5),), kept={"b.weight": (1, 16)}, reasons=[Reason.GROWS], ragged=True
+    )
+    assert "b" in {r.node for r in found["symbolic"].refusals if r.reason is Reason.GROWS}
+
+
+def test_the_plan_is_data_and_settles() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    gm = fx.symbolic_trace(residual())
+    step = get_pass("ragged-reads-writes", hints=[x])
+    before = [n.name for n in gm.graph.nodes]
+    plan = step.plan(gm)
+    assert [n.name for n in gm.graph.nodes] == before
+    assert plan.edits == [OpenPort("conv1", "relu", 1, False), OpenPort("add", "bn2", 1, True)]
+    assert plan.edits[0].to_json()["operand"] == "relu"
+    assert step.plan(fx.symbolic_trace(randomized(Residual()))).edits == []
+
+
+def test_more_zeros_after_training() -> None:
+    """A ragged model is cut further, and by itself: a second index follows the first."""
+    x = torch.randn(3, 5).double()
+    small = minimize(fx.symbolic_trace(two_readers().double()), x, ragged=True)
+    kill(small.a, columns=range(3))
+    again = minimize(small, x, ragged=True)
+    assert shapes(again)["a.weight"] == (16, 7)
+    assert shapes(again)["b.weight"] == (16, 10)
+    assert_equivalent(small, again, (x,))
+    assert shapes(minimize(small, x))["a.weight"] == (16, 7)
+
+
+def test_the_result_trains_pickles_and_exports() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    small = minimize(fx.symbolic_trace(residual()), x, ragged=True)
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), small(x))
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+    exported = torch.export.export(small, (x,)).module()
+    assert torch.allclose(exported(x), small(x), atol=1e-6)
+    assert shapes(minimize(exported, x)).keys() == shapes(small).keys()
+    assert set(srfx.report(small).created) == {n for n, _ in small.named_buffers() if "port" in n}
+
+
+def test_ragged_is_a_flag() -> None:
+    with pytest.raises(ValueError, match="ragged"):
+        minimize(two_readers(), torch.randn(3, 5), ragged="yes")  # type: ignore[arg-type]
