@@ -1,6 +1,7 @@
 """srfx: exact structural minimization of masked networks."""
 
 from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups, release
+from srfx.files import load, save
 from srfx.minimize import default_passes, minimize
 from srfx.report import Report, plan, report
 from srfx.verify import Verification, verify
@@ -13,9 +14,11 @@ __all__ = [
     "Verification",
     "channel_groups",
     "default_passes",
+    "load",
     "minimize",
     "plan",
     "release",
     "report",
+    "save",
     "verify",
 ]

@@ -37,3 +37,23 @@ class PlanError(SrfxError):
 
 class CycleError(SrfxError):
     """A step of the Squeeze-Release cycle cannot be taken as asked for."""
+
+
+class FileError(SrfxError):
+    """A file that cannot be read: it is none of ``srfx.save``, or does not belong to what it is loaded with."""
+
+
+class DamagedFileError(FileError):
+    """A file that was cut short or changed after it was written."""
+
+
+class NewerFileError(FileError):
+    """A file that a newer srfx wrote in a form that this one does not know."""
+
+
+class MissingArchitectureError(FileError):
+    """A file that needs code of the original model: pass ``model`` to ``srfx.load``."""
+
+
+class UnsavableError(SrfxError):
+    """The model holds something that has no place in a file of ``srfx.save``."""

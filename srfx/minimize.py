@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -19,7 +20,8 @@ from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.passes import PASSES, Pass, Pipeline, PipelineResult, get_pass
 from srfx.passes.compact_channels import CompactChannels
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
-from srfx.record.attach import attach
+from srfx.record.attach import attach, record_of
+from srfx.record.record import TensorSpec
 from srfx.record.recorder import Recorder
 from srfx.verify import verify as run_verification
 
@@ -115,7 +117,7 @@ def _minimize(
 ) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
-    before = survey(gm, captured.inputs)
+    before = survey(gm, captured.inputs if captured.inputs is not None else _remembered(model, gm))
 
     hints = SharedHints(before)
     done = canonicalise(gm, hints)
@@ -147,6 +149,19 @@ def _minimize(
     gm = own_tensors(gm, storages([model]))
     attach(gm, record)
     return gm
+
+
+def _remembered(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
+    """The input shapes of the last run: a minimized model that was pickled or saved has no other metadata."""
+    record = record_of(model)
+    if record is None or len(record.inputs) != len(gm.graph.find_nodes(op="placeholder")):
+        return None
+    with FakeTensorMode():
+        return [pytree.tree_map_only(TensorSpec, _empty, value) for value in record.inputs]
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
 def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> PipelineResult:

@@ -25,10 +25,12 @@ def test_examples(name: str) -> None:
     assert outcome.failed == 0, f"{outcome.failed} of {outcome.attempted} examples of {name}"
 
 
-def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks, "the README shows no Python"
+@pytest.mark.parametrize("page", ["README.md", "docs/files.md"])
+def test_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks marked ``python notest`` need what is not installed everywhere."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks, f"{page} shows no Python"
     monkeypatch.chdir(tmp_path)  # what an example writes stays out of the tree
-    scope: dict[str, object] = {"__name__": "readme"}
+    scope: dict[str, object] = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, page, "exec"), scope)

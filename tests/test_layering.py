@@ -19,6 +19,7 @@ LAYERS = (
     "dynamo",
     "report",
     "cycle",
+    "files",
     "minimize",
     "verify",
     "record",
