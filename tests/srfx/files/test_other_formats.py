@@ -46,14 +46,14 @@ class Tokens(nn.Module):
 
 def _small(name: str, route: str) -> tuple[fx.GraphModule, Tensor]:
     net, x = (Convolutions(), torch.randn(2, 3, 8, 8)) if name == "conv" else (Tokens(), torch.randn(2, 5, 6))
-    net = masked(randomized(net))
+    net = masked(randomized(net), rows=0.5)
     if name == "tokens":
         with torch.no_grad():  # channels that nobody writes: the norms lose them
             for layer in (net.embed, net.attend.out_proj, net.mlp[2]):
                 layer.weight[::4] = 0
                 layer.bias[::4] = 0.25
     small = srfx.minimize(trace(net, (x,), route), x)
-    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in net.parameters())
+    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in net.parameters())
     return small, x
 
 
