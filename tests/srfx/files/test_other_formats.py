@@ -83,7 +83,8 @@ def test_jit_trace(case: tuple[Any, ...], tmp_path: Path) -> None:
     small, x, larger = case
     torch.jit.save(torch.jit.trace(small, x), tmp_path / "small.pt")
     back = torch.jit.load(tmp_path / "small.pt")
-    for batch in (x, larger):
+    # sizes in exported graphs are no tensors, so that a trace fixes the batch size, also of the original
+    for batch in (x,) if "aten" in small.code else (x, larger):
         assert relative_error(small(batch), back(batch)) <= 1e-6
 
 
