@@ -1,6 +1,13 @@
 """srfx: exact structural minimization of masked networks."""
 
-from srfx.cycle import ChannelGroups, GroupPenalty, L1Penalty, channel_groups, release
+from srfx.cycle import (
+    ChannelGroups,
+    GroupPenalty,
+    L1Penalty,
+    SqueezeRelease,
+    channel_groups,
+    release,
+)
 from srfx.files import load, save
 from srfx.minimize import default_passes, minimize
 from srfx.report import Report, plan, report
@@ -11,6 +18,7 @@ __all__ = [
     "GroupPenalty",
     "L1Penalty",
     "Report",
+    "SqueezeRelease",
     "Verification",
     "channel_groups",
     "default_passes",

@@ -10,7 +10,7 @@ so that they see the tensors that train: under pruning hooks the masked weight, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from srfx.cycle.groups import NO_GROUP, ChannelGroups, channel_groups
-from srfx.ir.live import live_tensor
+from srfx.ir.live import add_to_gradient, live_tensor, parameter
 
 Wanted = Callable[[str], bool]
 """Whether the parameter of this name counts."""
@@ -102,6 +102,31 @@ class GroupPenalty:
         tensors, layouts = self._live(model)
         return _sums(tensors, layouts, self.groups.n_groups).sqrt()
 
+    @torch.no_grad()
+    def add_gradients(
+        self, model: nn.Module, strength: float, only: Collection[Tensor] | None = None
+    ) -> None:
+        """Add ``strength`` times the gradient of the penalty to ``.grad`` in place, where there is a gradient.
+
+        The same as a backward pass of the penalty, for loops that call it once before each optimizer step.
+
+        Args:
+            model: as for a call; its parameters must be plain ones or DTensors, not masked by hooks.
+            strength: factor.
+            only: the parameters that get it (by identity); default all.
+        """
+        tensors, layouts = self._live(model)
+        if not tensors:
+            return
+        norms = (_sums(tensors, layouts, self.groups.n_groups) + self.tiny).sqrt()
+        factors = torch.cat([strength * self.scale.to(norms) / norms, norms.new_zeros(1)])
+        chosen = None if only is None else {id(p) for p in only}
+        for name, tensor, slices in zip(self._layouts, tensors, layouts, strict=True):
+            p = parameter(model, name)
+            if p.grad is not None and (chosen is None or id(p) in chosen):
+                factor = sum((factors[groups] for groups in slices[1:]), factors[slices[0]])
+                add_to_gradient(p, tensor * factor.to(tensor.dtype))
+
     def _live(self, model: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
         tensors = [
             live_tensor(model, name, tuple(max(n) for n in zip(*(g.shape for g in layouts), strict=True)))
@@ -141,6 +166,17 @@ class L1Penalty:
         """The penalty of a module with these parameters; a scalar with a gradient."""
         parts = [live_tensor(model, name).abs().sum() for name in self.names]
         return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    @torch.no_grad()
+    def add_gradients(
+        self, model: nn.Module, strength: float, only: Collection[Tensor] | None = None
+    ) -> None:
+        """Add ``strength`` times the gradient to ``.grad`` in place; see `GroupPenalty.add_gradients`."""
+        chosen = None if only is None else {id(p) for p in only}
+        for name in self.names:
+            p = parameter(model, name)
+            if p.grad is not None and (chosen is None or id(p) in chosen):
+                p.grad.add_(p.sign(), alpha=strength)  # of each shard its own
 
 
 def _sums(tensors: list[Tensor], layouts: list[list[Tensor]], n_groups: int) -> Tensor:

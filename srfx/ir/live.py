@@ -35,8 +35,7 @@ def live_tensor(model: nn.Module, name: str, shape: tuple[int, ...] | None = Non
         found = None
     if not isinstance(found, Tensor):
         raise ShapeMismatchError(f"the model has no parameter {name!r}; was it made for another model?")
-    if hasattr(found, "full_tensor"):  # a DTensor: gathered, and its gradient scattered again
-        found = found.full_tensor()
+    found = whole(found)
     got = tuple(found.shape)
     if shape is not None and (
         len(got) != len(shape) or any(n not in (1, m) for n, m in zip(shape, got, strict=True))
@@ -46,6 +45,40 @@ def live_tensor(model: nn.Module, name: str, shape: tuple[int, ...] | None = Non
             "after the model was minimized"
         )
     return found
+
+
+def parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter object of this name in the module inside all wrappers.
+
+    Raises:
+        ShapeMismatchError: there is none.
+    """
+    try:
+        return unwrap(model).get_parameter(name)
+    except AttributeError as error:
+        raise ShapeMismatchError(
+            f"the model has no parameter {name!r}; was it made for another model?"
+        ) from error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, a DTensor gathered (its gradient is scattered again)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor laid out like another one: sharded the same way if that is a DTensor."""
+    if not hasattr(model, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # may be missing from a build of torch
+
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def add_to_gradient(p: nn.Parameter, more: Tensor) -> None:
+    """Add a whole tensor to the gradient of a parameter, in place."""
+    assert p.grad is not None
+    p.grad.add_(like(more, p.grad).to(p.grad.dtype))
 
 
 def _effective(module: nn.Module, name: str) -> object:
