@@ -13,6 +13,7 @@ All constraints are Horn clauses or grow the kept set, so the least kept set abo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +85,42 @@ class LabelTable:
         if key not in self._seen_blocks:
             self._seen_blocks.add(key)
             self.blocks.append(Block(rows, stacked, site))
+
+    def rectangular(self, lanes: Tensor, axis: int, fields: Mapping[int, Tensor], site: str) -> None:
+        """Lanes that differ along other axes: rows that exist keep equally many (theory: Lemma C4).
+
+        Args:
+            lanes: labels along ``axis``, a layout tensor; nothing is recorded where they differ along no other axis.
+            axis: the axis of the lanes.
+            fields: labels of the value's channel axes; those of the axes along which the lanes differ guard the rows.
+            site: the node's name.
+        """
+        outer = [d for d in range(lanes.dim()) if d != axis and lanes.shape[d] > 1]
+        if not outer:
+            return
+        guards = [self._agreed(fields[d], axis) for d in outer if d in fields]
+        flat = [1 if d == axis else n for d, n in enumerate(lanes.shape)]
+        joint = list(torch.broadcast_shapes(*(g.shape for g in guards), flat))
+        wide = lanes.expand([lanes.shape[axis] if d == axis else n for d, n in enumerate(joint)])
+        rows = wide.movedim(axis, -1).reshape(-1, lanes.shape[axis])
+        self._block_of_distinct(rows, [g.expand(joint).reshape(-1) for g in guards], site)
+
+    def _block_of_distinct(self, rows: Tensor, guards: list[Tensor], site: str) -> None:
+        """Rows that share all their lanes (those of one convolution group) may go one by one while lanes stay."""
+        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+        if not guards or distinct.shape[0] == rows.shape[0]:
+            self.block(rows, guards, site)
+            return
+        group = self.fresh(distinct.shape[0])
+        self.imply(guards[0], group[which], guards[1:])
+        self.block(distinct, [group], site)
+
+    def _agreed(self, labels: Tensor, axis: int) -> Tensor:
+        """Labels that have to agree along an axis: of two axes only one may differ along the other."""
+        first = labels.narrow(axis, 0, 1)
+        if labels.shape[axis] > 1:
+            self.tie(labels, first)
+        return first
 
     def pin(self, labels: Tensor, site: str, reason: str) -> None:
         """Keep these labels in every solution."""

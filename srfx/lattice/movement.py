@@ -60,15 +60,15 @@ class Take:
         moved: Fields = {}
         for a, f in fields.items():
             if a == self.axis and f.shape[a] == self.extent:
-                moved[a] = self._along(f, table, site)
+                moved[a] = self._along(f, fields, table, site)
             elif f.shape[self.axis] > 1:
                 moved[a] = f.index_select(self.axis, self.source.clamp(min=0))
             else:
                 moved[a] = f
         return moved, []
 
-    def _along(self, f: Tensor, table: LabelTable, site: str) -> Tensor:
-        f = self._packable(f, table, site)
+    def _along(self, f: Tensor, fields: Fields, table: LabelTable, site: str) -> Tensor:
+        f = self._packable(f, fields, table, site)
         taken = f.index_select(self.axis, self.source.clamp(min=0))
         fresh = (self.source < 0).nonzero().flatten()
         if fresh.numel():
@@ -77,21 +77,37 @@ class Take:
             taken = taken.index_copy(self.axis, fresh, table.fresh(*shape))
         return taken
 
-    def _packable(self, f: Tensor, table: LabelTable, site: str) -> Tensor:
-        """Rows that differ can only be cut at one place: what lies before a slice keeps equal counts as well."""
+    def _packable(self, f: Tensor, fields: Fields, table: LabelTable, site: str) -> Tensor:
+        """Rows that differ can be cut at one place, or where they keep whole periods (theory: Lemma C5)."""
         outer = [d for d in range(f.dim()) if d != self.axis and f.shape[d] > 1]
         if not outer or torch.equal(self.source, torch.arange(self.extent)):
             return f
         steps = self.source.diff()
         if self.source.numel() and bool((steps == 1).all()) and int(self.source[0]) >= 0:
             start = int(self.source[0])
-            if start:
-                table.block(f.narrow(self.axis, 0, start).movedim(self.axis, -1).reshape(-1, start), [], site)
+            if start:  # what lies before a slice keeps equal counts as well
+                table.rectangular(f.narrow(self.axis, 0, start), self.axis, fields, site)
+            return f
+        period = self._period()
+        if period is not None:
+            first = torch.arange(self.extent) // period * period
+            table.tie(f, f.index_select(self.axis, first))
             return f
         for d in outer:  # any other pattern needs the same kept set in every row
             table.tie(f, f.narrow(d, 0, 1))
             f = f.narrow(d, 0, 1)
         return f
+
+    def _period(self) -> int | None:
+        """The step of a slice that takes one position of each period of the axis."""
+        n = self.source.numel()
+        if n < 2 or self.extent % n:
+            return None
+        period = self.extent // n
+        whole = torch.arange(n) * period
+        return (
+            period if torch.equal(self.source - self.source[0], whole) and int(self.source[0]) >= 0 else None
+        )
 
 
 @dataclass(frozen=True)

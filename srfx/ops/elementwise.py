@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
-from srfx.ir.editor import GraphEdit
+from srfx.ir.editor import GraphEdit, take
 from srfx.ir.edits import Bypass, PickFromTable, ReplaceOperand
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
@@ -165,7 +165,8 @@ class Elementwise(OpRule):
             picked = (
                 {a + shift for a in self.picked_axes(call, value)} if call.program.is_tensor(node) else set()
             )
-            steps = [(a, i) for a, i in facts.steps(fields, call.out_shape) if a in picked]
+            every = facts.steps(fields, call.out_shape)
+            steps = [(a, _where_rows_stay(i, a, picked, every)) for a, i in every if a in picked]
             if steps:
                 found.append(
                     PickFromTable(
@@ -177,6 +178,16 @@ class Elementwise(OpRule):
     def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
         """The other operand, when the constant one changes nothing."""
         return None
+
+
+def _where_rows_stay(
+    index: Tensor, axis: int, picked: set[int], steps: Iterable[tuple[int, Tensor]]
+) -> Tensor:
+    """Positions along ``axis`` for the rows that stay; rows of a picked axis are cut by its own step."""
+    for a, rows in steps:
+        if a not in picked and a != axis and index.dim() > 1 and index.shape[a] > 1:
+            index = take(index, a, rows)
+    return index
 
 
 class Partial(Elementwise):

@@ -107,31 +107,7 @@ class Labeller:
     def settle(self, fields: Fields, site: str) -> None:
         """Record the block rule of every axis whose labels differ along another axis."""
         for axis, labels in fields.items():
-            outer = [d for d in range(labels.dim()) if d != axis and labels.shape[d] > 1]
-            if not outer:
-                continue
-            guards = [self._agreed(fields[d], axis) for d in outer if d in fields]
-            joint = list(torch.broadcast_shapes(*(g.shape for g in guards), _without(labels.shape, axis)))
-            wide = labels.expand([labels.shape[axis] if d == axis else joint[d] for d in range(labels.dim())])
-            rows = wide.movedim(axis, -1).reshape(-1, labels.shape[axis])
-            self._block(rows, [g.expand(joint).reshape(-1) for g in guards], site)
-
-    def _block(self, rows: Tensor, guards: list[Tensor], site: str) -> None:
-        """Rows that share all their lanes (those of one convolution group) may go one by one while lanes stay."""
-        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
-        if not guards or distinct.shape[0] == rows.shape[0]:
-            self.table.block(rows, guards, site)
-            return
-        group = self.table.fresh(distinct.shape[0])
-        self.table.imply(guards[0], group[which], guards[1:])
-        self.table.block(distinct, [group], site)
-
-    def _agreed(self, labels: Tensor, axis: int) -> Tensor:
-        """Labels that have to agree along an axis: of two axes only one may differ along the other."""
-        first = labels.narrow(axis, 0, 1)
-        if labels.shape[axis] > 1:
-            self.table.tie(labels, first)
-        return first
+            self.table.rectangular(labels, axis, fields, site)
 
     def declare(self, slot: str, fields: Fields) -> None:
         """Labels of a tensor attribute that may not exist yet (a bias that folding may create)."""
@@ -280,7 +256,3 @@ def _along(axis: int, rank: int) -> list[int]:
 
 def _lift(t: Tensor, rank: int) -> Tensor:
     return t.view((1,) * (rank - t.dim()) + tuple(t.shape))
-
-
-def _without(shape: Iterable[int], axis: int) -> Shape:
-    return tuple(1 if a == axis else s for a, s in enumerate(shape))
