@@ -22,7 +22,7 @@ from srfx.passes.base import Pass, register_pass
 # tied.
 _MOVEMENT = frozenset(
     [
-        "view", "reshape", "view_as", "reshape_as", "permute", "transpose", "t", "T", "mT", "adjoint",
+        "view", "reshape", "view_as", "reshape_as", "permute", "transpose", "t", "T", "mT", "numpy_T", "adjoint",
         "swapaxes", "swapdims", "movedim", "moveaxis", "flatten", "unflatten", "squeeze", "unsqueeze",
         "expand", "expand_as", "broadcast_to", "slice", "select", "narrow", "index", "index_select",
         "getitem", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "contiguous", "clone",

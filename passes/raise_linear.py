@@ -1,24 +1,31 @@
 """Raise what decomposition made of linear layers back to one op.
 
 Before: w = t(weight); y = addmm(bias, x, w)      After: y = linear(x, weight, bias)
-Before: w = t(weight); y = mm(x, w)               After: y = linear(x, weight)         [the same sums]
+Before: y = x @ weight.T  (mm, matmul)            After: y = linear(x, weight)         [the same sums]
 
-The weight then stands where rules look for it, its zeros are seen, and the result is the smaller graph.
+The weight then stands where rules look for it, its zeros are seen, there is a place for a bias that takes constants,
+and the result is the smaller graph.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from srfx.ir.attrs import get_attr
+from srfx.ir.effects import op_name
 from srfx.ir.plan import Edit, Plan
 from srfx.passes.base import Pass, register_pass
 
 aten = torch.ops.aten
-_TRANSPOSES = {aten.t.default: (), aten.permute.default: ([1, 0],), aten.transpose.int: (0, 1)}
+_PRODUCTS = (aten.mm.default, aten.matmul.default, torch.mm, torch.matmul, operator.matmul)
+_METHODS = ("mm", "matmul")
+_FLIPS = ("t", "numpy_T", "matrix_H", "mT", "adjoint")
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,9 @@ class RaiseLinears(Pass):
     def plan(self, gm: fx.GraphModule) -> Plan:
         edits: list[Edit] = []
         for node in gm.graph.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target is aten.mm.default:
+            if _is_product(node):
                 weight = _transposed(node.args[1])
-                if weight is not None:
+                if weight is not None and isinstance(node.args[0], fx.Node):
                     edits.append(RaiseLinear(node.name, node.args[0].name, weight.name))
             elif node.target is aten.addmm.default and all(v == 1 for v in node.kwargs.values()):
                 bias, weight = node.args[0], _transposed(node.args[2])
@@ -56,24 +61,37 @@ class RaiseLinears(Pass):
         assert isinstance(edit, RaiseLinear)
         nodes = {n.name: n for n in gm.graph.nodes}
         node, names = nodes[edit.node], (edit.x, edit.weight, edit.bias)
-        node.target = aten.linear.default
+        is_aten = isinstance(node.target, torch._ops.OpOverload)
+        node.op, node.target = "call_function", aten.linear.default if is_aten else F.linear
         node.args, node.kwargs = tuple(nodes[n] for n in names if n is not None), {}
 
     def finish(self, gm: fx.GraphModule) -> None:
         for node in reversed(gm.graph.nodes):
-            if not node.users and node.op == "call_function" and node.target in _TRANSPOSES:
+            if not node.users and _transposed(node) is not None:
                 gm.graph.erase_node(node)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node is x @ w, in any spelling."""
+    is_one = node.target in (_METHODS if node.op == "call_method" else _PRODUCTS)
+    return is_one and node.op.startswith("call") and len(node.args) == 2 and not node.kwargs
 
 
 def _transposed(node: object) -> fx.Node | None:
     """The stored matrix whose transpose a node is."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in _TRANSPOSES:
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or node.kwargs:
         return None
-    source, *rest = node.args
-    wanted = _TRANSPOSES[node.target]
-    if not isinstance(source, fx.Node) or _stored_rank(source) != 2 or tuple(rest) != tuple(wanted):
+    source, *rest = node.args or (None,)
+    if not isinstance(source, fx.Node) or _stored_rank(source) != 2:
         return None
-    return source
+    name = op_name(node)
+    if name in ("permute", "transpose"):
+        given: Any = rest[0] if len(rest) == 1 else rest
+        is_known = isinstance(given, (list, tuple)) and all(isinstance(a, int) for a in given)
+        axes = [a % 2 for a in given] if is_known else []
+        return source if axes == [1, 0] or (name == "transpose" and axes == [0, 1]) else None
+    flips = rest in (["T"], ["mT"]) if name == "getattr" else name in _FLIPS and not rest
+    return source if flips else None
 
 
 def _stored_rank(node: object) -> int | None:

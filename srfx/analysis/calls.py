@@ -12,6 +12,7 @@ from srfx.ir.effects import updates_statistics
 from srfx.ir.fake_run import UNKNOWN
 from srfx.ir.plan import Reason
 from srfx.ir.program import Program
+from srfx.ops.literal import literals
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule, Unknown
 
@@ -35,7 +36,7 @@ class Site:
 def sites(program: Program) -> list[Site]:
     """All calls in graph order; an in-place write that is left over, or a size that depends on data, has no rule."""
     found = []
-    barred = mutation_barriers(program.gm)
+    barred, known = mutation_barriers(program.gm), literals(program)
     for node in program.nodes:
         if node.op not in _CALLS:
             continue
@@ -45,6 +46,8 @@ def sites(program: Program) -> list[Site]:
             barrier = Reason.UNRECOGNISED_CALL
         if barrier is not None:
             rule = Unknown(barrier)
+        elif node in known:
+            rule = known[node]
         found.append(Site(node, rule, call))
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.attrs import get_attr, set_attr
+from srfx.ir.attrs import free_path, get_attr, set_attr
 from srfx.ir.call import write_argument
 from srfx.ir.editor import Expr, GraphEdit, GraphEditor, put_tensor, take
 
@@ -132,6 +132,22 @@ class Bypass(GraphEdit):
         node = editor.nodes[self.node]
         node.replace_all_uses_with(editor.nodes[self.by])
         editor.nodes[self.node] = editor.nodes[self.by]  # what a later edit means by this name
+
+
+@dataclass(frozen=True)
+class StoreResult(GraphEdit):
+    """The call goes; whoever reads its result reads a constant tensor kept in a buffer at ``path``."""
+
+    path: str
+    tensor: Tensor
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        path = free_path(editor.gm, self.path)
+        set_attr(editor.gm, path, self.tensor)
+        stored = editor.attribute_node(path, node)
+        node.replace_all_uses_with(stored)
+        editor.nodes[self.node] = stored
 
 
 @dataclass(frozen=True)

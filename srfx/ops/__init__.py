@@ -24,6 +24,7 @@ from srfx.ops import (
     spatial,
     splitting,
     tile,
+    vector_norm,
     views,
 )
 
@@ -51,5 +52,6 @@ __all__ = [
     "spatial",
     "splitting",
     "tile",
+    "vector_norm",
     "views",
 ]

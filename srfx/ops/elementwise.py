@@ -197,6 +197,20 @@ class Partial(Elementwise):
         return live | facts.kept_channels(call.node)
 
 
+class Quotient(Partial):
+    """y = a / b: constant 0 where a is; b is finite and not 0 by assumption (theory: Lemma E3)."""
+
+    def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
+        a = call.value("input")
+        if a is None or not call.output.is_floating_point():
+            return result
+        zero = facts.constancy(a).is_constant(0).cpu()
+        zero = zero.view((1,) * (len(call.out_shape) - zero.dim()) + tuple(zero.shape))
+        if not bool(zero.any()):
+            return result
+        return Constancy(result.varies & ~zero, result.value.masked_fill(zero, 0))
+
+
 class SignedZero(Elementwise):
     """An elementwise op that tells -0 from 0, which no analysis does: a constant 0 is not known (theory: H6)."""
 

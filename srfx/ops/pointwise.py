@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ops.activation import PReLU, Random, RandomShift, RandomSlope
-from srfx.ops.elementwise import Elementwise, Fill, Partial, Product, SignedZero, Sum
+from srfx.ops.elementwise import Elementwise, Fill, Partial, Product, Quotient, SignedZero, Sum
 from srfx.ops.registry import has_rule, op_rule
 
 aten = torch.ops.aten
@@ -138,9 +138,6 @@ PARTIAL = [
     "sqrt",
     "rsqrt",
     "reciprocal",
-    "div",
-    "divide",
-    "true_divide",
     "floor_divide",
     "pow",
     "float_power",
@@ -221,7 +218,7 @@ MODULES: tuple[type[nn.Module], ...] = (
 OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
     "total": (operator.neg, operator.pos, operator.abs, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
               operator.and_, operator.or_, operator.xor, operator.invert, operator.not_),
-    "partial": (operator.truediv, operator.floordiv, operator.mod, operator.pow),
+    "partial": (operator.floordiv, operator.mod, operator.pow),
 }  # fmt: skip
 
 
@@ -262,6 +259,8 @@ def _register() -> None:
     shifting += [nn.AlphaDropout, nn.FeatureAlphaDropout]
     op_rule(*shifting, signature=("input", "p", "training"))(RandomShift)
     op_rule(*(t for n in ("signbit", "copysign", "atan2", "arctan2") for t in spellings(n)))(SignedZero)
+    quotients = [t for n in ("div", "divide", "true_divide") for t in spellings(n)]
+    op_rule(*quotients, operator.truediv)(Quotient)
     for name in TOTAL:
         op_rule(*spellings(name))(Elementwise)
     for name in PARTIAL:

@@ -124,12 +124,7 @@ class SumOver(Reduction):
         source = self.source(call)
         fields = labels.of(source)
         tracked = [d for d in self.dims(call) if d in fields]
-        others = [a for a in fields if a not in self.dims(call)]
-        if (
-            len(tracked) > 1
-            or (tracked and others)
-            or any(f.numel() != f.shape[a] for a, f in fields.items() if a in tracked)
-        ):
+        if len(tracked) > 1:
             labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, tracked)
         return super().label(call, labels)
 
@@ -148,13 +143,23 @@ class SumOver(Reduction):
         tracked = [d for d in self.dims(call) if d in facts.fields(source)]
         if not tracked:
             return live
-        return live & (c.varies | facts.kept_channels(source)) if self._absorbable(call, facts) else live
+        absorbed = ~c.varies if self._has_one_share(call, facts) else c.is_constant(0)
+        return live & (~absorbed.cpu() | facts.kept_channels(source))
 
-    def _absorbable(self, call: Call, facts: FactTable) -> bool:
-        """A constant's share of a sum over an axis of unknown size is not a number; its mean is."""
+    def _has_one_share(self, call: Call, facts: FactTable) -> bool:
+        """Whether the share of a nonzero constant is one number.
+
+        It is not in a sum over an axis of unknown size, nor where further axes carry channels (heads): each of
+        these loses constants of its own.
+        """
         source, dims = self.source(call), self.dims(call)
-        untracked = [d for d in dims if d not in facts.fields(source) and call.shape(source)[d] != 1]
-        return self.divides or not untracked or not bool(facts.constancy(source).nonzero().any())
+        fields = facts.fields(source)
+        untracked = [d for d in dims if d not in fields and call.shape(source)[d] != 1]
+        return (
+            (self.divides or not untracked)
+            and all(f.numel() == f.shape[a] for a, f in fields.items())
+            and len(fields) == 1
+        )
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         source, dims = self.source(call), self.dims(call)
@@ -163,15 +168,19 @@ class SumOver(Reduction):
         if not axes:
             return []
         axis = axes[0]
-        c = facts.constancy(source)
-        gone = ~facts.is_kept(fields[axis]) & ~c.varies
-        value = torch.where(
-            gone, c.value.double().expand(torch.broadcast_shapes(c.value.shape, gone.shape)), 0.0
-        )
-        shift = float(value.sum()) / (shape[axis] if self.divides else 1)
+        shift = self._share(facts, source, axis) / (shape[axis] if self.divides else 1)
         scale = facts.count(fields, axis) / shape[axis] if self.divides else 1.0
         stored = torch.tensor(shift, dtype=call.output.dtype) if shift else None
         return [AffineAfter(call.node.name, scale, f"{call.node.name}_shift" if shift else None, stored)]
+
+    def _share(self, facts: FactTable, source: Value, axis: int) -> float:
+        """The sum of the constants that go; where further axes carry channels only zeros do."""
+        fields, c = facts.fields(source), facts.constancy(source)
+        if len(fields) > 1:
+            return 0.0
+        gone = ~facts.is_kept(fields[axis]) & ~c.varies
+        wide = c.value.double().expand(torch.broadcast_shapes(c.value.shape, gone.shape))
+        return float(torch.where(gone, wide, 0.0).sum())
 
 
 class MeanOver(SumOver):
@@ -215,7 +224,7 @@ class MaxMin(Extremum):
 
 
 class AlongOne(OpRule):
-    """softmax, normalize, cumsum, sort and kin: each position of one axis depends on the whole axis, which stays."""
+    """softmax, cumsum, sort and kin: each position of one axis depends on the whole axis, which stays."""
 
     signature: tuple[str, ...] = ("input", "dim")
     default_dim: int | None = None
@@ -312,9 +321,6 @@ def _register() -> None:
     op_rule(
         torch.max, torch.min, "max", "min", aten.max.default, aten.max.dim, aten.min.default, aten.min.dim
     )(MaxMin)
-    op_rule(*spellings("linalg_vector_norm"), *spellings("norm"), signature=("input", "p", "dim", "keepdim"))(
-        Reduction
-    )
     for name in ("softmax", "_softmax"):
         op_rule(*spellings(name))(Softmax)
     for name in ("log_softmax", "softmin", "_log_softmax"):
@@ -323,7 +329,6 @@ def _register() -> None:
     op_rule(nn.LogSoftmax, nn.Softmin)(AlongOne)
     for name in ("cumsum", "cumprod", "sort", "argsort", "cummax", "cummin", "logcumsumexp"):
         op_rule(*spellings(name), default_dim=-1)(AlongOne)
-    op_rule(F.normalize, signature=("input", "p", "dim"), default_dim=1)(AlongOne)
 
 
 _register()

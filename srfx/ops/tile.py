@@ -38,7 +38,7 @@ class Repeat(Movement):
         raw, rank = call.bound.get("repeats", call.bound.get("dims")), len(call.shape(self.source(call)))
         if not isinstance(raw, (tuple, list)):
             return list(range(rank)) if labels.is_dynamic(raw) else []
-        return [rank - 1 - i for i, n in enumerate(reversed(raw)) if i < rank and labels.is_dynamic(n)]
+        return []  # however often an axis is tiled, its labels repeat as its channels do
 
     def label(self, call: Call, labels: Labeller) -> Fields:
         fields = super().label(call, labels)

@@ -76,14 +76,16 @@ def _template(call: Call) -> list[Value]:
     return [v for v in found if v is not None]
 
 
-def as_template(call: Call, labels: Labeller, fields: Fields) -> Fields:
-    """The fields of a result that takes its shape from another tensor: both lose the same channels."""
+def as_template(call: Call, labels: Labeller, fields: Fields, repeated: Iterable[int] = ()) -> Fields:
+    """The fields of a result that takes its shape from another tensor: both lose the same channels.
+
+    Along ``repeated`` axes, where one position is repeated, the result is as wide as the template, whatever that is.
+    """
     for other in _template(call):
-        lent = {a: f for a, f in labels.of(other).items() if a not in fields and f.numel() == f.shape[a]}
+        lent = {a: f for a, f in labels.of(other).items() if a in repeated}
         rest = {a: f for a, f in labels.of(other).items() if a not in lent}
         shape = tuple(1 if a in lent else n for a, n in enumerate(call.out_shape))
-        mine = {a: f for a, f in fields.items() if a not in lent}
-        return {**labels.unify([(mine, shape), (rest, shape)], len(shape), call.node.name), **lent}
+        return {**labels.unify([(fields, shape), (rest, shape)], len(shape), call.node.name), **lent}
     return fields
 
 
@@ -117,7 +119,10 @@ class Expand(Movement):
         fields, shape = super().label(call, labels), call.out_shape
         for axis in [a for a, f in fields.items() if f.shape[a] != shape[a]]:
             labels.require(call.node, fields.pop(axis))  # one channel repeated: not a channel axis any more
-        return as_template(call, labels, fields)
+        before = call.shape(self.source(call))
+        lifted = (1,) * (len(shape) - len(before)) + before
+        repeated = [a for a, (m, n) in enumerate(zip(lifted, shape, strict=True)) if m == 1 < n]
+        return as_template(call, labels, fields, repeated)
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return call.values()

@@ -9,6 +9,7 @@ from torch import nn
 import srfx
 from srfx.ir.capture import capture
 from srfx.passes import get_pass
+from tests.snapshots import trace
 
 aten = torch.ops.aten
 X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -68,3 +69,49 @@ class Computed(nn.Module):
 def test_product_of_computed_values_is_left_alone():
     gm = capture(decomposed(Computed())).graph_module
     assert not get_pass("raise-linear")(gm).modified
+
+
+class Product(nn.Module):
+    """x @ weight.T + bias, as Falcon spells its linear layers."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.front, self.norm = nn.Linear(6, 7), nn.LayerNorm(7)
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(5))
+        self.spelling = spelling
+        with torch.no_grad():
+            self.front.weight[:3] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, w = self.norm(self.front(x)), self.weight
+        if self.spelling == "T":
+            return x @ w.T + self.bias
+        if self.spelling == "t":
+            return torch.mm(x, w.t()) + self.bias
+        if self.spelling == "transpose":
+            return x.matmul(w.transpose(-1, -2)) + self.bias
+        return torch.matmul(x, w.permute(1, 0)) + self.bias
+
+
+@pytest.mark.parametrize("route", ["symbolic", "export"])
+@pytest.mark.parametrize("spelling", ["T", "t", "transpose", "permute"])
+def test_product_with_a_transposed_weight_takes_statistics(spelling: str, route: str):
+    model = Product(spelling).double().eval()
+    gm = trace(model, (X,), route)
+    small = srfx.minimize(gm, X)
+    assert small.front.weight.shape == (4, 6)
+    (weight,) = [p for p in small.parameters() if p.dim() == 2 and p.shape[0] == 5]
+    assert weight.shape == (5, 6)  # four channels and two statistics for three
+    torch.testing.assert_close(small(X), model(X), rtol=1e-9, atol=1e-12)
+
+
+def test_product_with_a_plain_weight_is_left_alone():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    assert not get_pass("raise-linear")(capture(Plain()).graph_module).modified

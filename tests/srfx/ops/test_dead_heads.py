@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-import pytest
-from torch import nn
+from collections.abc import Callable
 
-from tests.helpers import check, kill
-from tests.srfx.ops.test_attention import D, Rotary, X, eager, expanded, lanes, sdpa, sizes
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers import check, kill, randomized
+from tests.srfx.ops.test_attention import (
+    WHOLE,
+    Attention,
+    C,
+    D,
+    H,
+    Rotary,
+    T,
+    W,
+    X,
+    eager,
+    expanded,
+    lanes,
+    sdpa,
+    sizes,
+)
 
 
 # ---------------------------------------------------------------------- rotary heads
@@ -35,3 +54,128 @@ def test_dead_rotary_head_of_a_group() -> None:
     kill(model.q, lanes(1, 4, heads=[2]), bias=True)  # the pair of key head 1
     kept = {"q.weight": (12, 20), "k.weight": (8, 20), "v.weight": (12, 20), "o.weight": (20, 18)}
     check(model, (X,), kept=kept, idempotent=False)
+
+
+# ---------------------------------------------------------------------- slopes made from literals
+class Slopes(Attention):
+    """ALiBi as BLOOM, MPT and Falcon build it: slopes are powers of a literal, distances are an arange."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__(sdpa())
+        self.spelling = spelling
+        self.attend = self.biased
+
+    def biased(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slopes = torch.pow(torch.full((), 0.5, dtype=q.dtype), torch.arange(1, H + 1))
+        bias = slopes[:, None, None] * torch.arange(T)
+        if self.spelling == "mask":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        if self.spelling == "sum":
+            return ((q @ k.transpose(-2, -1)) * D**-0.5 + bias).softmax(-1) @ v
+        n = q.shape[0]  # heads and batch in one axis
+        q, k, v = (t.reshape(n * H, T, D) for t in (q, k, v))
+        scores = torch.baddbmm(bias.repeat(n, 1, 1), q, k.transpose(-1, -2), beta=1.0, alpha=D**-0.5)
+        return torch.bmm(scores.view(n, H, T, T).softmax(-1).view(n * H, T, T), v).view(n, H, T, D)
+
+
+@pytest.mark.parametrize("spelling", ["mask", "sum", "merged"])
+def test_slopes_lose_the_dead_head(spelling: str) -> None:
+    model = Slopes(spelling)
+    kill(model.o, columns=lanes(*range(D), heads=[1]))
+    kill(model.v, lanes(2), bias=True)
+    kill(model.q, lanes(4), bias=True)
+    kept = sizes(q=15, k=15, v=15, o=15)
+    check(model, (X,), kept=kept, idempotent=spelling != "sum")  # slopes that were picked from go later
+
+
+# ---------------------------------------------------------------------- norms of queries and keys
+def by_normalize(t: Tensor) -> Tensor:
+    return F.normalize(t, dim=-1)
+
+
+def by_norm(t: Tensor) -> Tensor:
+    return t / t.norm(dim=-1, keepdim=True).clamp_min(1e-9).expand_as(t)
+
+
+def by_vector_norm(t: Tensor) -> Tensor:
+    return t / (torch.linalg.vector_norm(t, ord=2, dim=-1, keepdim=True) + 1e-9)
+
+
+def by_mean_of_squares(t: Tensor) -> Tensor:
+    return t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def by_sum_of_squares(t: Tensor) -> Tensor:
+    return t / (t * t).sum(-1, keepdim=True).sqrt().add(1e-9)
+
+
+class Normed(Attention):
+    """Cosine attention (Swin V2), norms of queries and keys for each head (Qwen3, ViT-22B, OLMo)."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(sdpa(scale=0.7))
+        self.norm = norm
+
+    def turn(self, t: Tensor) -> Tensor:
+        return self.norm(t)
+
+
+NORMS = [by_normalize, by_norm, by_vector_norm, by_mean_of_squares, by_sum_of_squares]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+def test_norms_of_queries_and_keys_absorb_zeros(norm: Callable[[Tensor], Tensor]) -> None:
+    model = Normed(norm)
+    kill(model.o, columns=lanes(*range(D), heads=[1]))
+    kill(model.v, lanes(2), bias=True)
+    kill(model.q, lanes(4), bias=True)  # a key lane counts in the length of the key
+    check(model, (X,), kept=sizes(q=18, k=18, v=15, o=15))
+    kill(model.k, lanes(4), bias=True)
+    check(model, (X,), kept=sizes(q=15, k=15, v=15, o=15))
+    kill(model.k, lanes(1, heads=[0]), bias=True)  # other heads keep this lane, and lose one of their own
+    kill(model.q, lanes(1, heads=[0]), bias=True)
+    kill(model.k, lanes(0, heads=[2, 3]), bias=True)
+    kill(model.q, lanes(0, heads=[2, 3]), bias=True)
+    check(model, (X,), kept=sizes(q=12, k=12, v=15, o=15))
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+def test_norms_of_queries_and_keys_keep_other_constants(norm: Callable[[Tensor], Tensor]) -> None:
+    model = Normed(norm)
+    kill(model.k, lanes(4))
+    kill(model.q, lanes(4))
+    check(model, (X,), kept=WHOLE)
+
+
+@pytest.mark.parametrize("order", [0, -1])
+def test_norm_that_counts_zeros_keeps_them(order: int) -> None:
+    model = Normed(lambda t: t / (torch.linalg.vector_norm(t + 0 * t, ord=order, dim=-1, keepdim=True) + 1.0))
+    kill(model.q, lanes(4), bias=True)
+    kill(model.k, lanes(4), bias=True)
+    found = check(model, (X,), routes=["symbolic"], idempotent=False)["symbolic"]
+    assert found.small.get_parameter("q.weight").shape == (W, C)
+
+
+# ---------------------------------------------------------------------- queries, keys and values of several widths
+class MultiQuery(nn.Module):
+    """One projection of H query heads, one key head and one value head, as Falcon has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(C, (H + 2) * D), nn.Linear(W, C)
+        randomized(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).view(x.shape[0], x.shape[1], H + 2, D)
+        q, k, v = heads[..., :-2, :], heads[..., [-2], :], heads[..., [-1], :]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = (q @ k.transpose(-2, -1) * D**-0.5).softmax(-1) @ v  # one head of keys for all
+        return self.o(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], W))
+
+
+def test_multi_query_projection() -> None:
+    model = MultiQuery()
+    kill(model.o, columns=lanes(*range(D), heads=[2]))
+    kill(model.qkv, [H * D + 1, (H + 1) * D + 3], bias=True)
+    q, k, v = 3 * 5, 5, 5
+    check(model, (X,), parameters=(q + k + v) * (C + 1) + 3 * 5 * C + C)

@@ -1,0 +1,116 @@
+"""The length of a vector of channels, and vectors of length one (theory: Lemma R3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srfx.ir.call import Call
+from srfx.ir.plan import Reason
+from srfx.ir.program import Value
+from srfx.lattice.constancy import Constancy
+from srfx.lattice.movement import Fields
+from srfx.ops.facts import Demand, FactTable, Labeller, Live
+from srfx.ops.movement import _axis
+from srfx.ops.pointwise import spellings
+from srfx.ops.reduction import AlongOne, Reduction, SumOver
+from srfx.ops.registry import op_rule
+from srfx.ops.rule import OpRule
+
+
+def _counts_no_zeros(order: object) -> bool:
+    """Whether a zero adds nothing to the norm of this order, which is one of vectors: 2 if not given."""
+    if order is None or order == "fro":
+        return True
+    return isinstance(order, (int, float)) and not isinstance(order, bool) and order > 0
+
+
+class VectorNorm(SumOver):
+    """y = (sum |x|^p)^(1/p) over axes, p > 0: channels that are zero go, all others stay."""
+
+    signature: tuple[str, ...] = ("input", "p", "dim", "keepdim")
+
+    def is_sum(self, call: Call) -> bool:
+        """Whether this call is such a norm; others are reductions that keep every channel."""
+        return _counts_no_zeros(call.get("p")) and call.output.is_floating_point()
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        if self.is_sum(call):
+            return super().label(call, labels)
+        labels.pin(self.source(call), call.node.name, Reason.CHANNEL_MIXING, self.dims(call))
+        return super().label(call, labels)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        if not self.is_sum(call):
+            return Reduction.forward(self, call, facts)
+        c, dims = facts.constancy(self.source(call)), self.dims(call)
+        shape = torch.broadcast_shapes(c.value.shape, c.varies.shape)
+        zero = c.is_constant(0).cpu().expand(shape).to(torch.uint8).amin(dims, keepdim=True).to(torch.bool)
+        zero = zero if zero.dim() == call.output.dim() else zero.squeeze(dims)
+        return Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        if not self.is_sum(call):
+            facts.refuse_constants(call.node, self.source(call), self.dims(call), Reason.CHANNEL_MIXING)
+        return super().backward(call, live, facts)
+
+    def wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        source = self.source(call)
+        c = facts.constancy(source)
+        if not any(d in facts.fields(source) for d in self.dims(call)) or not self.is_sum(call):
+            return live
+        return live & (~c.is_constant(0).cpu() | facts.kept_channels(source))
+
+    def compact(self, call: Call, facts: FactTable) -> list[object]:  # type: ignore[override]
+        return []
+
+
+class Normalize(OpRule):
+    """y = x / max(|x|_p, eps) along one axis, p > 0: a channel that is zero stays zero, and may go."""
+
+    signature: tuple[str, ...] = ("input", "p", "dim")
+    along = AlongOne()
+
+    def _source(self, call: Call) -> Value:
+        source = call.value("input")
+        assert source is not None
+        return source
+
+    def axis(self, call: Call) -> int:
+        return _axis(call.get("dim", 1), len(call.out_shape))
+
+    def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
+        source, axis = self._source(call), self.axis(call)
+        if not _counts_no_zeros(call.get("p")):
+            labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
+        fields = dict(labels.of(source))
+        for a, f in fields.items():
+            if f.shape[axis] > 1 and a != axis:
+                labels.table.tie(f, f.narrow(axis, 0, 1))
+                fields[a] = f.narrow(axis, 0, 1)
+        return fields
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        c = facts.constancy(self._source(call))
+        zero = c.is_constant(0).cpu()
+        if not _counts_no_zeros(call.get("p")):
+            return Constancy.top(len(call.out_shape))
+        return Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        assert isinstance(live, Tensor)
+        source, axis = self._source(call), self.axis(call)
+        layout = torch.ones(facts.layout(source), dtype=torch.bool)
+        rows = live.any(axis, keepdim=True) & layout
+        if not _counts_no_zeros(call.get("p")):
+            facts.refuse_constants(call.node, source, [axis], Reason.CHANNEL_MIXING)
+            return {source: rows}
+        return {source: rows & (~facts.constancy(source).is_constant(0).cpu() | facts.kept_channels(source))}
+
+
+op_rule(
+    torch.linalg.vector_norm, *spellings("linalg_vector_norm"), *spellings("norm"),
+    signature=("input", "p", "dim", "keepdim"),
+)(VectorNorm)  # fmt: skip
+op_rule(F.normalize)(Normalize)
