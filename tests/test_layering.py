@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # the modules that it puts into results, never the other way round.
 LAYERS = (
     "testing",
+    "__main__",
     "cli",
     "dynamo",
     "report",

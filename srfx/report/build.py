@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +90,20 @@ class Report:
 
     def _repr_html_(self) -> str:
         return to_html(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, as HTML, or as JSON or text when the name ends in ``.json`` or ``.txt``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        form = {".json": self.to_json, ".txt": self.__str__}.get(Path(path).suffix, self.to_html)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(form())
+
+    def to_html(self) -> str:
+        """A page of its own."""
+        return f"<!DOCTYPE html><html><head><meta charset=utf-8><title>srfx</title></head><body>{to_html(self)}</body></html>"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""

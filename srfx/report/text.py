@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -21,10 +22,17 @@ MAX_NODES = 8
 
 def to_text(report: Report, width: int = 110) -> str:
     """The report as plain text of at most ``width`` columns."""
+    return render([_table(report), *summary(report)], width)
+
+
+def render(parts: Sequence[Table | str], width: int = 110) -> str:
+    """Tables and lines as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(_table(report))
-    for line in summary(report):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, soft_wrap=True, highlight=False, markup=False)
+        else:
+            console.print(part)
     file = console.file
     assert isinstance(file, io.StringIO)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
