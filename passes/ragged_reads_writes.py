@@ -90,9 +90,10 @@ class RaggedReadsWrites(Pass):
         found = {}
         for node, e in opened.items():
             cut = cut_at(facts, node, e.axis)
+            constants = facts.constancy(node)
             spent = cut.size_bytes
-            if cut.n_supplied():
-                spent += facts.program.hints[node].element_size() * cut.inside.numel()
+            if cut.n_supplied() and bool(constants.nonzero().any()):
+                spent += facts.program.hints[node].element_size() * int(cut.inside.sum())
             found[e] = (cut, not cut.is_trivial and cut.saved(costs) > spent)
         return found
 

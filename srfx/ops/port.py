@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from srfx.ir.attrs import set_attr
 from srfx.ir.call import Call
@@ -166,16 +166,20 @@ class Rewire(GraphEdit):
         if self.selected is not None:
             path = f"{self.node}_selected"
             set_attr(editor.gm, path, self.selected)
-            stored = editor.attribute_node(path, node)
+            selected = editor.attribute_node(path, node)
             with graph.inserting_before(node):
-                result = graph.call_function(torch.index_select, (result, self.dim, stored))
+                result = graph.call_function(torch.index_select, (result, self.dim, selected))
         if self.index is not None and self.template is not None:
-            stored_all = []
+            stored: dict[str, fx.Node] = {}
             for role in ("index", "template"):
-                set_attr(editor.gm, f"{self.node}_{role}", getattr(self, role))
-                stored_all.append(editor.attribute_node(f"{self.node}_{role}", node))
+                tensor = getattr(self, role)
+                if role == "index" or bool((tensor != 0).any()):
+                    set_attr(editor.gm, f"{self.node}_{role}", tensor)
+                    stored[role] = editor.attribute_node(f"{self.node}_{role}", node)
+            index, n_channels = stored.pop("index"), self.template.numel()
+            args = (result, self.dim, index, n_channels, *stored.values())
             with graph.inserting_before(node):
-                result = graph.call_function(spread, (result, self.dim, *stored_all))
+                result = graph.call_function(spread, args)
         node.replace_all_uses_with(result)
         editor.nodes[self.node] = result
 
@@ -203,16 +207,21 @@ class Port(Rewired):
 class Spread(Rewired):
     """y[index[i]] = x[i], y[c] = template[c] elsewhere (theory: Lemma G2)."""
 
-    signature: tuple[str, ...] = ("input", "dim", "index", "template")
+    signature: tuple[str, ...] = ("input", "dim", "index", "n_channels", "template")
 
     def is_unrecognised(self, call: Call) -> bool:
-        return not all(isinstance(call.value(name), Param) for name in ("index", "template"))
+        is_stored = isinstance(call.value("index"), Param)
+        return not is_stored or not (
+            call.get("template") is None or isinstance(call.value("template"), Param)
+        )
 
     def sources(self, call: Call) -> Tensor:
         index, n = self._tensor(call, "index").long(), call.out_shape[self.axis(call)]
         return torch.full((n,), -1).index_copy(0, index, torch.arange(index.numel()))
 
     def numbers(self, call: Call) -> Tensor:
+        if call.value("template") is None:
+            return torch.zeros(call.out_shape[self.axis(call)], dtype=torch.float64)
         return self._tensor(call, "template").double()
 
     def _tensor(self, call: Call, name: str) -> Tensor:

@@ -148,6 +148,33 @@ def test_a_tied_weight_is_cut_for_both_sites() -> None:
     check(model, tokens, kept={"word.weight": (30, 10)}, routes=("symbolic",), ragged=True)
 
 
+class Attention(nn.Module):
+    def __init__(self, width: int = 32, n_heads: int = 4) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
+            for p in (self.q, self.k, self.v)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z: Tensor = self.out(y)
+        return z
+
+
+def test_heads_of_unequal_width_are_filled_up_behind_the_projections() -> None:
+    """Head 0 has lost 5 of its 8 channels, head 1 has lost 2: no projection computes what only fills a head up."""
+    model = randomized(Attention())
+    for layer in (model.q, model.k):
+        kill(layer, rows=(0, 1, 2, 3, 4, 8, 9), bias=True)
+    kill(model.v, rows=(16, 17, 18), bias=True)
+    kept = {"q.weight": (25, 32), "k.weight": (25, 32), "v.weight": (29, 32), "out.weight": (32, 29)}
+    check(model, (torch.randn(2, 5, 32),), kept=kept, ragged=True)
+    check(model, (torch.randn(2, 5, 32),), kept={"q.weight": (32, 32), "v.weight": (32, 32)})
+
+
 def test_heads_with_blocks_are_refused() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
