@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -177,7 +178,7 @@ class Rewire(GraphEdit):
                     set_attr(editor.gm, f"{self.node}_{role}", tensor)
                     stored[role] = editor.attribute_node(f"{self.node}_{role}", node)
             index, n_channels = stored.pop("index"), self.template.numel()
-            args = (result, self.dim, index, n_channels, *stored.values())
+            args: tuple[Any, ...] = (result, self.dim, index, n_channels, *stored.values())
             with graph.inserting_before(node):
                 result = graph.call_function(spread, args)
         node.replace_all_uses_with(result)
