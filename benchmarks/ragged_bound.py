@@ -3,10 +3,11 @@
     python -m benchmarks.ragged_bound                  all models; writes benchmarks/results/ragged_bound.json
     python -m benchmarks.ragged_bound gpt2 resnet18    some
 
-The bound shares nothing with srfx: it runs the network.  Under random inputs, and several draws of the nonzero
-weights, a channel *varies* if its values do, and is *read* if the output's gradient there is not zero.  A weight needs
-its row r if y[r] varies and is read, and its column c if x[c] varies and some needed row has a nonzero there.  Every
-weight is taken by itself: blocks, ties, statistics of norms and border carriers cost nothing.
+The bound shares nothing with srfx: it runs the network.  It knows where zeros stand, not what the other numbers are:
+under random inputs, and several draws of values and signs of the nonzero parameters, a channel *varies* if its values
+do, and is *read* if the output's gradient there is not zero.  A weight needs its row r if y[r] varies and is read, and
+its column c if x[c] varies and some needed row has a nonzero there.  Every weight is taken by itself: blocks, ties,
+statistics of norms and border carriers cost nothing.
 
 Columns: parameters of the original, then in percent of it: aligned, ragged without and with its indices (4 bytes
 are one parameter), the bound, and ragged with indices relative to the bound.
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import srfx
 from benchmarks import ragged_models as zoo
+from tests.helpers import recalibrated
 
 TOLERANCE = 1e-9
 N_DRAWS = 3
@@ -107,6 +110,10 @@ class Probe:
             size = torch.stack(self.gradients).amax(0)
             found = size > TOLERANCE * size.max()
             self.is_read = found if self.is_read is None else self.is_read | found
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was seen since the last `settle`."""
         self.low, self.high, self.gradients = {}, {}, []
 
     def rows(self) -> Tensor:
@@ -134,12 +141,21 @@ def bound(model: nn.Module, make: Callable[[int], tuple[Tensor, ...]]) -> int:
         g = torch.Generator().manual_seed(draw)
         with torch.no_grad():
             for p in dict.fromkeys(model.parameters()):
-                p.mul_(0.75 + 0.5 * torch.rand(p.shape, generator=g, dtype=p.dtype))
+                sign = torch.randint(0, 2, p.shape, generator=g) * 2 - 1
+                p.mul_(sign * (0.75 + 0.5 * torch.rand(p.shape, generator=g, dtype=p.dtype)))
+        recalibrated(model, _double(make(draw + 100)), draw)
+        for probe in probes.values():
+            probe.forget()
         for seed in range(2):
-            args = tuple(t.double() if t.is_floating_point() else t for t in make(10 * draw + seed))
-            y = zoo.tensor(model(*args))
+            outputs = [
+                t
+                for t in pytree.tree_leaves(model(*_double(make(10 * draw + seed))))
+                if isinstance(t, Tensor) and t.requires_grad
+            ]
             model.zero_grad()
-            (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum().backward()
+            loss = sum((y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum() for y in outputs)
+            assert isinstance(loss, Tensor)
+            loss.backward()
             for n, p in loose.items():
                 if p.grad is not None:
                     seen[n] |= p.grad.abs() > TOLERANCE * p.grad.abs().max()
@@ -154,6 +170,10 @@ def bound(model: nn.Module, make: Callable[[int], tuple[Tensor, ...]]) -> int:
         )
         total += kept * found.numel() // found.shape[axis]
     return total
+
+
+def _double(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.double() if t.is_floating_point() else t for t in args)
 
 
 def _matrices(probes: dict[str, Probe]) -> int:

@@ -18,7 +18,18 @@ from srfx.passes import (  # noqa: F401
     split_fused_projections,
     split_parameters,
 )
+from srfx.passes._machine_costs import MachineCosts, machine_costs
 from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
 from srfx.passes.pipeline import Pipeline, PipelineResult
 
-__all__ = ["PASSES", "Pass", "PassResult", "Pipeline", "PipelineResult", "get_pass", "register_pass"]
+__all__ = [
+    "PASSES",
+    "MachineCosts",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "PipelineResult",
+    "get_pass",
+    "machine_costs",
+    "register_pass",
+]

@@ -1,21 +1,32 @@
-"""What a port saves and what it costs, in bytes of stored tensors."""
+"""What a port saves and what it costs: bytes of stored tensors, or seconds of a run."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from srfx.analysis.calls import Site
+from srfx.analysis.liveness import executed
+from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
+from srfx.ops.movement import Movement
+from srfx.passes._machine_costs import MachineCosts
 
 INDEX_BYTES = 4
+MARGIN = 1.5
+"""A port has to save this many times the seconds that it is predicted to take."""
 
 
 @dataclass(frozen=True)
 class Cut:
     """The channels on both sides of a port, bool [C], and the classes they belong to, [C]."""
 
+    node: fx.Node
+    axis: int
     inside: Tensor
     outside: Tensor
     inner: Tensor
@@ -27,20 +38,22 @@ class Cut:
         return torch.equal(self.inside, self.outside)
 
     @property
-    def size_bytes(self) -> int:
-        """What the index costs that tells the sides apart."""
-        return INDEX_BYTES * int(self.inside.sum())
-
     def n_supplied(self) -> int:
         """Channels of the reader that a stored tensor supplies."""
         return int((self.inside & ~self.outside).sum())
 
-    def saved(self, costs: Tensor) -> float:
-        """What would come back, in units of ``costs`` [labels], were both sides to keep the same channels."""
-        found = float(costs[self.inner[self.outside & ~self.inside].unique()].sum())
+    @property
+    def n_selected(self) -> int:
+        """Channels that an index_select takes; 0 when the operand is taken whole."""
+        return int((self.inside & self.outside).sum()) if bool((self.outside & ~self.inside).any()) else 0
+
+    def returning(self) -> Tensor:
+        """Classes that would be kept again, were both sides to keep the same channels."""
+        found: Tensor = self.inner[self.outside & ~self.inside]
         if self.outer is not None:
-            found += float(costs[self.outer[self.inside & ~self.outside].unique()].sum())
-        return found
+            found = torch.cat([found, self.outer[self.inside & ~self.outside]])
+        classes: Tensor = found.unique()
+        return classes
 
 
 def cut_at(facts: FactTable, node: fx.Node, axis: int) -> Cut:
@@ -50,15 +63,25 @@ def cut_at(facts: FactTable, node: fx.Node, axis: int) -> Cut:
     inner = rep[facts.fields(node)[axis].flatten()]
     fields = facts.fields(source)
     if axis not in fields:
-        return Cut(facts.kept[inner], torch.ones_like(facts.kept[inner]), inner, None)
+        return Cut(node, axis, facts.kept[inner], torch.ones_like(facts.kept[inner]), inner, None)
     outer = rep[fields[axis].flatten()]
-    return Cut(facts.kept[inner], facts.kept[outer], inner, outer)
+    return Cut(node, axis, facts.kept[inner], facts.kept[outer], inner, outer)
 
 
+def savings(cuts: Sequence[Cut], costs: Tensor) -> list[float]:
+    """What each port saves, in units of ``costs`` [labels]; a class that several ports leave out is shared among them."""
+    returning = [cut.returning() for cut in cuts]
+    n_ports = torch.zeros_like(costs)
+    for classes in returning:
+        n_ports[classes] += 1
+    share = costs / n_ports.clamp(min=1)
+    return [float(share[classes].sum()) for classes in returning]
+
+
+# ---------------------------------------------------------------------- bytes
 def class_bytes(facts: FactTable) -> Tensor:
     """Bytes of stored tensors that one more channel of each class would take, [labels] by representative."""
     found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
-    rep = facts.classes.representative
     for param in facts.program.params():
         fields = facts.labeller.fields.get(param)
         if not isinstance(fields, dict) or not param.names:
@@ -68,7 +91,77 @@ def class_bytes(facts: FactTable) -> Tensor:
             each = float(param.tensor.element_size())
             for d, n in enumerate(labels.shape):
                 each *= counts[d] if n == 1 else 1
-            found.index_add_(
-                0, rep[labels].flatten(), torch.full((labels.numel(),), each, dtype=torch.float64)
-            )
+            _add(facts, found, labels, each)
     return found
+
+
+def index_bytes(facts: FactTable, cut: Cut) -> float:
+    """Bytes of the indices and numbers that the port becomes."""
+    size = INDEX_BYTES * cut.n_selected
+    if cut.n_supplied:
+        size += INDEX_BYTES * int((cut.inside & cut.outside).sum())
+        if bool(facts.constancy(cut.node).nonzero().any()):
+            size += facts.program.hints[cut.node].element_size() * int(cut.inside.sum())
+    return size
+
+
+# ---------------------------------------------------------------------- seconds
+def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) -> Tensor:
+    """Seconds that one more channel of each class would take, [labels] by representative."""
+    found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
+    present = set(executed(facts, sites))
+    for site in sites:
+        fields, hint = facts.labeller.fields.get(site.node), facts.program.hints.get(site.node)
+        if site.node not in present or not isinstance(hint, Tensor) or not isinstance(fields, dict):
+            continue
+        if isinstance(site.rule, Contraction) and site.rule.refused(site.call) is None:
+            _add_products(facts, site, found, machine.mac_s)
+        if not isinstance(site.rule, Movement):
+            for axis, labels in fields.items():
+                n_bytes = hint.element_size() * _others(facts, site.node, axis)
+                _add(facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel())
+    return found
+
+
+def _add_products(facts: FactTable, site: Site, found: Tensor, mac_s: float) -> None:
+    rule, call = site.rule, site.call
+    assert isinstance(rule, Contraction)
+    x, w, axis = rule.x(call), rule.w(call), rule.channel_axis(call)
+    rows = facts.fields(site.node).get(axis)
+    columns = facts.fields(x).get(axis)
+    n_positions = _others(facts, site.node, axis)
+    n_taps, groups = math.prod(call.shape(w)[2:]), rule.groups(call)
+    n_rows = facts.count(facts.fields(site.node), axis) if rows is not None else call.out_shape[axis]
+    n_columns = facts.count(facts.fields(x), axis) if columns is not None else call.shape(x)[axis]
+    if rows is not None:
+        _add(facts, found, rows, mac_s * n_positions * n_taps * n_columns / groups)
+    if columns is not None and groups == 1:
+        _add(facts, found, columns, mac_s * n_positions * n_taps * n_rows)
+
+
+def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts) -> float:
+    """Seconds that the port takes as what it becomes."""
+    if cut.is_trivial:
+        return 0.0
+    hint = facts.program.hints[cut.node]
+    is_last = cut.axis == hint.dim() - 1
+    channel_bytes = hint.element_size() * _others(facts, cut.node, cut.axis)
+    spent = 0.0
+    if cut.n_selected or not cut.n_supplied:
+        rate = machine.select_last_s if is_last else machine.select_s
+        spent += machine.call_s + rate * channel_bytes * int((cut.inside & cut.outside).sum())
+    if cut.n_supplied:
+        rate = machine.spread_last_s if is_last else machine.spread_s
+        spent += 2 * machine.call_s + rate * channel_bytes * int(cut.inside.sum())
+    return spent
+
+
+def _others(facts: FactTable, node: fx.Node, axis: int) -> int:
+    """Elements of a value for each channel of this axis."""
+    fields, shape = facts.fields(node), facts.program.shape(node)
+    return math.prod(facts.count(fields, a) if a in fields else n for a, n in enumerate(shape) if a != axis)
+
+
+def _add(facts: FactTable, found: Tensor, labels: Tensor, each: float) -> None:
+    classes = facts.classes.representative[labels].flatten()
+    found.index_add_(0, classes, torch.full((classes.numel(),), each, dtype=torch.float64))

@@ -23,7 +23,17 @@ from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.ops.facts import FactTable
 from srfx.ops.port import port
-from srfx.passes._port_costs import Cut, class_bytes, cut_at
+from srfx.passes._machine_costs import MachineCosts
+from srfx.passes._port_costs import (
+    MARGIN,
+    Cut,
+    class_bytes,
+    class_seconds,
+    cut_at,
+    index_bytes,
+    port_seconds,
+    savings,
+)
 from srfx.passes.base import Pass, register_pass
 
 
@@ -38,14 +48,18 @@ class OpenPort(Edit):
 
 @register_pass("ragged-reads-writes")
 class RaggedReadsWrites(Pass):
-    """Put ports where they make stored tensors smaller by more than their indices.
+    """Put ports where they make stored tensors smaller by more than their indices, or a run faster.
 
     Args:
         hints: one example or fake value for each placeholder; None takes metadata or probes.
         multiple_of: as for compaction.
         values: values of all nodes of the graph as it is now, when they are known already.
+        machine: open only ports that are predicted to save time on this machine; None: those that save bytes.
 
-    Refuses: GROWS where the index takes more than the channels; BLOCK_COUNT where heads keep different channels.
+    After a run ``predicted_s`` says how many seconds all ports together are predicted to save for the hints (only
+    with ``machine``).
+
+    Refuses: GROWS where a port costs more than it saves; BLOCK_COUNT where heads keep different channels.
     """
 
     takes_hints = True
@@ -55,10 +69,13 @@ class RaggedReadsWrites(Pass):
         hints: Sequence[Any] | None = None,
         multiple_of: int = 1,
         values: dict[fx.Node, Any] | None = None,
+        machine: MachineCosts | None = None,
     ) -> None:
         self.hints = hints
         self.multiple_of = multiple_of
         self.values = values
+        self.machine = machine
+        self.predicted_s = 0.0
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         values, self.values = self.values, None  # true of the first round only
@@ -68,34 +85,33 @@ class RaggedReadsWrites(Pass):
         found = Plan()
         ports = _candidates(facts, sites, found)
         while ports:
-            cuts = self._solve(gm, values, ports)
-            wasted = [e for e, (cut, is_paying) in cuts.items() if not (cut.is_trivial or is_paying)]
-            found.refusals += [_refusal(e, cuts[e][0]) for e in wasted]
+            judged = self._judge(gm, values, ports)
+            wasted = [e for e, (cut, gain) in judged.items() if not cut.is_trivial and gain <= 0]
+            found.refusals += [_refusal(e, judged[e][0]) for e in wasted]
             ports = [e for e in ports if e not in wasted]
             if not wasted:
-                found.edits += [e for e in ports if cuts[e][1]]
+                found.edits += [e for e, (cut, _) in judged.items() if not cut.is_trivial]
                 break
         return found
 
-    def _solve(
+    def _judge(
         self, gm: fx.GraphModule, values: dict[fx.Node, Any], edits: list[OpenPort]
-    ) -> dict[OpenPort, tuple[Cut, bool]]:
-        """Both sides of each port when all of them are open, and whether it saves anything."""
+    ) -> dict[OpenPort, tuple[Cut, float]]:
+        """Both sides of each port when all of them are open, and what it gains."""
         trial = fx.GraphModule(gm, clone_graph(gm.graph))
         opened = {open_port(trial, e): e for e in edits}
         by_name = {n.name: v for n, v in values.items()}
         hints = {n: by_name[opened[n].operand if n in opened else n.name] for n in trial.graph.nodes}
-        facts, _ = analyse(trial, hints, self.multiple_of)
-        costs = class_bytes(facts)
-        found = {}
-        for node, e in opened.items():
-            cut = cut_at(facts, node, e.axis)
-            constants = facts.constancy(node)
-            spent = cut.size_bytes
-            if cut.n_supplied() and bool(constants.nonzero().any()):
-                spent += facts.program.hints[node].element_size() * int(cut.inside.sum())
-            found[e] = (cut, not cut.is_trivial and cut.saved(costs) > spent)
-        return found
+        facts, sites = analyse(trial, hints, self.multiple_of)
+        cuts = [cut_at(facts, node, e.axis) for node, e in opened.items()]
+        if self.machine is None:
+            saved, spent = savings(cuts, class_bytes(facts)), [index_bytes(facts, c) for c in cuts]
+        else:
+            saved = savings(cuts, class_seconds(facts, sites, self.machine))
+            spent = [port_seconds(facts, c, self.machine) for c in cuts]
+            self.predicted_s = sum(saved) - sum(spent)
+            spent = [MARGIN * s for s in spent]
+        return {e: (c, s - t) for e, c, s, t in zip(edits, cuts, saved, spent, strict=True)}
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         assert isinstance(edit, OpenPort)
@@ -138,6 +154,4 @@ def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
 
 def _refusal(edit: OpenPort, cut: Cut) -> Refusal:
     n = int((cut.inside != cut.outside).sum())
-    return Refusal(
-        edit.node, Reason.GROWS, f"an index to leave out {n} channels of {edit.operand} takes more"
-    )
+    return Refusal(edit.node, Reason.GROWS, f"{n} channels of {edit.operand} are not worth an index")

@@ -10,6 +10,7 @@ from srfx.cycle import (
 )
 from srfx.files import load, save
 from srfx.minimize import default_passes, minimize
+from srfx.passes import MachineCosts, machine_costs
 from srfx.report import Report, plan, report
 from srfx.verify import Verification, verify
 
@@ -17,12 +18,14 @@ __all__ = [
     "ChannelGroups",
     "GroupPenalty",
     "L1Penalty",
+    "MachineCosts",
     "Report",
     "SqueezeRelease",
     "Verification",
     "channel_groups",
     "default_passes",
     "load",
+    "machine_costs",
     "minimize",
     "plan",
     "release",

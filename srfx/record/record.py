@@ -34,6 +34,7 @@ class Record:
         revived: dead channels that stayed, by name of a `srfx.ir.plan.Reason`.
         n_nodes_before: nodes of the captured graph.
         n_nodes_after: nodes of the result.
+        timing: what ``ragged="auto"`` has weighed, see `srfx.report.Report`; empty otherwise.
     """
 
     plan: KeepPlan
@@ -45,3 +46,4 @@ class Record:
     revived: dict[str, int] = field(default_factory=dict)
     n_nodes_before: int = 0
     n_nodes_after: int = 0
+    timing: dict[str, float] = field(default_factory=dict)

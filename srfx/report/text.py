@@ -77,6 +77,8 @@ def summary(report: Report) -> list[str]:
         f"FLOPs       {count(b.flops)} -> {count(a.flops)} ({share(a.flops, b.flops)}) at {_inputs(report)}",
         f"graph       {b.nodes} -> {a.nodes} nodes",
     ]
+    if report.timing:
+        lines.append(f"time        {_timing(report.timing)}")
     if report.unread:
         lines.append(f"unread      {len(report.unread)} tensors that no node reads: {_some(report.unread)}")
     if report.created:
@@ -107,6 +109,14 @@ def _reason_text(report: Report, reason: str) -> str:
 def _some(names: tuple[str, ...] | list[str]) -> str:
     rest = len(names) - MAX_NODES
     return ", ".join(names[:MAX_NODES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _timing(found: dict[str, float]) -> str:
+    text = f"ragged was predicted to save {found['predicted_saving_ms']:.3g} ms of a run"
+    if "ragged_ms" in found:
+        kept = "ragged" if found["is_ragged"] else "aligned"
+        text += f"; measured: aligned {found['aligned_ms']:.3g} ms, ragged {found['ragged_ms']:.3g} ms; kept: {kept}"
+    return text
 
 
 def _inputs(report: Report) -> str:
