@@ -98,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "--multiple-of", type=_positive, default=1, metavar="N", help="keep channel counts at multiples of N"
     )
     command.add_argument(
-        "--ragged", action="store_true", help="let each layer read and write channels of its own"
+        "--ragged",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        help="let each layer read and write channels of its own; auto: where that is not slower",
     )
     command.add_argument("--verify", action="store_true", help="run both models and compare")
     command.add_argument("--report", metavar="FILE", help="write a report as HTML (or JSON, by the ending)")
@@ -153,7 +157,7 @@ def _minimize(options: argparse.Namespace, progress: _Progress) -> int:
             source.args,
             example_kwargs=source.kwargs,
             multiple_of=options.multiple_of,
-            ragged=options.ragged,
+            ragged="auto" if options.ragged == "auto" else options.ragged is not None,
         )
     found = None
     if options.verify:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,12 +17,22 @@ from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
-from srfx.passes import PASSES, Pass, Pipeline, PipelineResult, get_pass
+from srfx.ir.timing import best_s
+from srfx.passes import (
+    PASSES,
+    MachineCosts,
+    Pass,
+    Pipeline,
+    PipelineResult,
+    get_pass,
+    machine_costs,
+)
 from srfx.passes.compact_channels import CompactChannels
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.record.attach import attach, record_of
 from srfx.record.record import TensorSpec
 from srfx.record.recorder import Recorder
+from srfx.verify import first_batch
 from srfx.verify import verify as run_verification
 
 CANONICALISE = (
@@ -47,7 +57,7 @@ def minimize(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     multiple_of: int = 1,
-    ragged: bool = False,
+    ragged: bool | Literal["auto"] | MachineCosts = False,
     verify: bool = False,
 ) -> fx.GraphModule:
     """Rewrite a network whose weights contain zeros into a smaller dense one that computes the same.
@@ -68,7 +78,10 @@ def minimize(
             channels, by keeping some dead ones; inputs and outputs stay as they are.
         ragged: let each layer read only those channels of a shared value that it needs, and bring only those
             to a sum that it computes, through index buffers; no kept weight then has a row or column of zeros.
-            The result is smaller, and not always faster (docs/ragged.md).
+            The result is smaller, and not always faster (docs/ragged.md).  "auto": only where that is predicted to
+            save time for inputs like the examples; the costs of the machine are measured once and cached, and the
+            result is kept only if it is measured to be as fast as the one without.  A `srfx.MachineCosts`: by
+            these costs, and nothing is measured, so that the same result comes out on every machine.
         verify: run both models on the examples, or on generated inputs, and compare (see `srfx.verify`).
 
     Returns:
@@ -95,14 +108,17 @@ def minimize(
 
     Cost: a few passes over the weights and about 2 ms per node of the graph; memory for the kept weights.
     """
-    if not isinstance(ragged, bool):
-        raise ValueError(f"ragged is True or False; got {ragged!r}")
+    if not (isinstance(ragged, (bool, MachineCosts)) or ragged == "auto"):
+        raise ValueError(f'ragged is True, False, "auto" or a srfx.MachineCosts; got {ragged!r}')
     if multiple_of < 1:
         raise ValueError(f"multiple_of is a count of channels, at least 1; got {multiple_of}")
     if isinstance(model, ExportedProgram):
         model = model.module()
     with plain_torch():
-        small = _minimize(model, example_inputs, example_kwargs, multiple_of, ragged)
+        if isinstance(ragged, str):
+            small = _faster(model, example_inputs, example_kwargs, multiple_of)
+        else:
+            small = _minimize(model, example_inputs, example_kwargs, multiple_of, ragged)
     if verify:
         check_result(model, small, example_inputs, example_kwargs)
     return small
@@ -113,7 +129,7 @@ def _minimize(
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
     multiple_of: int,
-    ragged: bool,
+    ragged: bool | MachineCosts,
 ) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
@@ -123,20 +139,33 @@ def _minimize(
     done = canonicalise(gm, hints)
     canonical = survey(gm, hints)
     assert_same_interface(before, canonical)
-    recorder = Recorder(gm, canonical, model, {"multiple_of": multiple_of, "ragged": ragged})
+    recorder = Recorder(
+        gm,
+        canonical,
+        model,
+        {"multiple_of": multiple_of, "ragged": ragged if isinstance(ragged, bool) else "auto"},
+    )
     for name, refusal in done.refusals:
         recorder.refusals(name, [refusal])
 
     values: dict[fx.Node, Any] | None = canonical.values
+    timing: dict[str, float] = {}
     with on_cpu():
         is_open = True
         while is_open:
             is_open = False
             if ragged:
-                opened = RaggedReadsWrites(before.inputs, multiple_of, values)(gm)
-                recorder.refusals(RaggedReadsWrites.name, opened.refusals)
+                step = RaggedReadsWrites(
+                    before.inputs, multiple_of, values, ragged if isinstance(ragged, MachineCosts) else None
+                )
+                opened = step(gm)
+                recorder.refusals(step.name, opened.refusals)
                 is_open = opened.modified
                 values = None if is_open else values
+                if is_open and step.machine is not None:
+                    timing = {
+                        "predicted_saving_ms": timing.get("predicted_saving_ms", 0.0) + 1e3 * step.predicted_s
+                    }
             compact = CompactChannels(before.inputs, multiple_of, values)
             edits, values = compact(gm).edits, None
             assert compact.facts is not None
@@ -146,9 +175,34 @@ def _minimize(
     assert_same_interface(before, after)
     forget_shapes(canonical, after)
     record = recorder.record(gm, after)
+    record.timing = timing
     gm = own_tensors(gm, storages([model]))
     attach(gm, record)
     return gm
+
+
+def _faster(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None, multiple_of: int
+) -> fx.GraphModule:
+    """The ragged result where it is predicted and measured to be as fast as the aligned one, else that one."""
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    ragged = _minimize(model, example_inputs, example_kwargs, multiple_of, machine_costs(device))
+    record = record_of(ragged)
+    assert record is not None
+    if not record.timing or model.training:
+        return ragged
+    aligned = _minimize(model, example_inputs, example_kwargs, multiple_of, False)
+    has_values = _have_values(example_inputs, example_kwargs)
+    args, kwargs = first_batch(ragged, example_inputs, example_kwargs) if has_values else first_batch(ragged)
+    with torch.no_grad():
+        times = best_s([lambda: aligned(*args, **kwargs), lambda: ragged(*args, **kwargs)], device)
+    is_ragged = times[1] <= times[0]
+    small = ragged if is_ragged else aligned
+    kept = record_of(small)
+    assert kept is not None
+    measured = {"aligned_ms": 1e3 * times[0], "ragged_ms": 1e3 * times[1], "is_ragged": float(is_ragged)}
+    kept.timing = {**record.timing, **measured}
+    return small
 
 
 def _remembered(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
@@ -215,13 +269,17 @@ def check_result(
     Raises:
         VerificationError: they disagree.
     """
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    has_values = not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+    has_values = _have_values(args, kwargs)
     found = (
         run_verification(model, small, args, kwargs=kwargs) if has_values else run_verification(model, small)
     )
     if not found.ok:
         raise VerificationError(f"the minimized model computes something else: {found}")
+
+
+def _have_values(args: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
 
 
 def survey_result(gm: fx.GraphModule, inputs: list[Any]) -> Survey:

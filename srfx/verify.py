@@ -263,6 +263,14 @@ def _batches(
         yield args, kwargs, n_more > 0
 
 
+def first_batch(
+    model: nn.Module, inputs: Any = None, kwargs: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to run a model with: those given, or generated ones that fit it."""
+    args, found, _ = next(_batches([model], inputs, kwargs, seed=0))
+    return args, found
+
+
 def _signature(models: list[nn.Module]) -> tuple[fx.GraphModule, list[Any]]:
     """A graph whose placeholders tell the calling convention, and what to give them."""
     for model in reversed(models):

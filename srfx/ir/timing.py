@@ -20,7 +20,9 @@ def one_run_s(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def best_s(runs: Sequence[Callable[[], object]], device: str = "cpu", n_rounds: int = 15, limit_s: float = 3.0) -> list[float]:
+def best_s(
+    runs: Sequence[Callable[[], object]], device: str = "cpu", n_rounds: int = 15, limit_s: float = 3.0
+) -> list[float]:
     """The least seconds of each of several calls, called in turn for ``n_rounds`` rounds, or for ``limit_s`` seconds.
 
     Example:
