@@ -139,12 +139,10 @@ def _minimize(
     done = canonicalise(gm, hints)
     canonical = survey(gm, hints)
     assert_same_interface(before, canonical)
-    recorder = Recorder(
-        gm,
-        canonical,
-        model,
-        {"multiple_of": multiple_of, "ragged": ragged if isinstance(ragged, bool) else "auto"},
-    )
+    options: dict[str, Any] = {"multiple_of": multiple_of}
+    if ragged:
+        options["ragged"] = True if ragged is True else "auto"
+    recorder = Recorder(gm, canonical, model, options)
     for name, refusal in done.refusals:
         recorder.refusals(name, [refusal])
 
