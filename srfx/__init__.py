@@ -1,5 +1,6 @@
 """srfx: exact structural minimization of masked networks."""
 
+from srfx.apply import apply_
 from srfx.cycle import (
     ChannelGroups,
     GroupPenalty,
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "SqueezeRelease",
     "Verification",
+    "apply_",
     "channel_groups",
     "default_passes",
     "load",

@@ -57,3 +57,7 @@ class MissingArchitectureError(FileError):
 
 class UnsavableError(SrfxError):
     """The model holds something that has no place in a file of ``srfx.save``."""
+
+
+class ApplyError(SrfxError):
+    """A module cannot follow what minimize made of it; it was left as it was."""

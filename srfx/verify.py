@@ -18,7 +18,7 @@ from srfx.ir.double import copy_for_comparison, float64_mode, to_double
 from srfx.ir.generate import Spec, generate
 from srfx.ir.shapes import hint_inputs
 from srfx.record.attach import record_of
-from srfx.record.record import TensorSpec
+from srfx.record.record import Record, TensorSpec
 
 EXACT = 1e-9
 """Bound on the float64 error of models that hold float64 weights."""
@@ -276,15 +276,20 @@ def _signature(models: list[nn.Module]) -> tuple[fx.GraphModule, list[Any]]:
     for model in reversed(models):
         record = record_of(model)
         if record is not None and isinstance(model, fx.GraphModule):
-            return model, [_spec(v) for v in record.inputs]
+            return model, generated_specs(record)
     captured = capture(models[0])
     graph = captured.graph_module
     hints = captured.inputs if captured.inputs is not None else hint_inputs(graph)
     return graph, pytree.tree_map_only(Tensor, lambda t: Spec(tuple(t.shape), t.dtype, str(t.device)), hints)
 
 
-def _spec(value: Any) -> Any:
-    return pytree.tree_map_only(TensorSpec, lambda s: Spec(s.shape, s.dtype, s.device), value)
+def generated_specs(record: Record) -> list[Any]:
+    """What to make up for each placeholder of a minimized model."""
+
+    def spec(found: TensorSpec) -> Spec:
+        return Spec(found.shape, found.dtype, found.device)
+
+    return [pytree.tree_map_only(TensorSpec, spec, value) for value in record.inputs]
 
 
 def call_arguments(graph: fx.GraphModule, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,6 +20,7 @@ LAYERS = (
     "dynamo",
     "report",
     "cycle",
+    "apply",
     "files",
     "minimize",
     "verify",
