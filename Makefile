@@ -1,5 +1,6 @@
 # Each target makes the virtual environment it needs; nothing but Python 3.11 and pip is asked of the machine.
 #   make demo        prune two networks trained on handwritten digits, minimize them, write out/
+#   make demo-cycle  prune, minimize and train one of them in cycles, with a picture       (a few minutes)
 #   make test        the tests that are quick                        (under 10 minutes on two cores)
 #   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
 #   make check       lint, types, test, wheel
@@ -19,13 +20,16 @@ ARGS ?=
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage check lint format types wheel bench docs clean
+.PHONY: help demo demo-cycle test test-all coverage check lint format types wheel bench docs clean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python -m benchmarks.demo $(ARGS)
+
+demo-cycle: $(VENV)/demo.stamp
+	$(VENV)/bin/python -m benchmarks.demo.cycle $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)

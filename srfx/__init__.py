@@ -7,6 +7,7 @@ from srfx.cycle import (
     L1Penalty,
     SqueezeRelease,
     channel_groups,
+    live_dropout,
     release,
 )
 from srfx.files import load, save
@@ -26,6 +27,7 @@ __all__ = [
     "apply_",
     "channel_groups",
     "default_passes",
+    "live_dropout",
     "load",
     "machine_costs",
     "minimize",

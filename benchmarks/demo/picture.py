@@ -1,5 +1,6 @@
 """The picture of the demo: what each layer kept."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")  # writes a file; asks for no screen
 
 from matplotlib import pyplot as plt
+
+from srfx.cycle import PhaseRecord
 
 KEPT, GONE = "#1f6f8b", "#dfe6e9"
 
@@ -37,6 +40,37 @@ def draw_kept_channels(panels: dict[str, tuple[Widths, Widths]], path: Path) -> 
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     all_axes.flat[-1].set_xlabel("output channels", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_history(history: Sequence[PhaseRecord], path: Path) -> None:
+    """Draw size against score, one point for each evaluated phase; open ones were not accepted.
+
+    Args:
+        history: of a `srfx.SqueezeRelease`.
+        path: file to write; its suffix is the format.
+    """
+    found = [r for r in history if r.score is not None]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot([r.n_parameters for r in found], [r.score for r in found], color=GONE, zorder=1)
+    for record in found:
+        axes.scatter(
+            record.n_parameters, record.score, s=28, zorder=2,
+            facecolors=KEPT if record.accepted else "white", edgecolors=KEPT,
+        )  # fmt: skip
+    smallest = min((r for r in found if r.accepted), key=lambda r: r.n_parameters)
+    axes.annotate(
+        f"{smallest.ratio:.1f}x smaller", (smallest.n_parameters, smallest.score),
+        xytext=(0, 12), textcoords="offset points", ha="center", fontsize=9,
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("parameters", fontsize=9)
+    axes.set_ylabel("accuracy", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -6,6 +6,7 @@ from srfx.cycle.penalty import GroupPenalty, L1Penalty
 from srfx.cycle.phase import Phase
 from srfx.cycle.release import release
 from srfx.cycle.squeeze_release import SqueezeRelease
+from srfx.cycle.train_flags import live_dropout
 
 __all__ = [
     "ChannelGroups",
@@ -16,5 +17,6 @@ __all__ = [
     "PhaseRecord",
     "SqueezeRelease",
     "channel_groups",
+    "live_dropout",
     "release",
 ]
