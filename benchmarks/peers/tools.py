@@ -15,7 +15,7 @@ import srfx
 
 
 def aligned(model: nn.Module, x: Tensor) -> nn.Module:
-    """srfx with its defaults."""
+    """The defaults of srfx.minimize."""
     return srfx.minimize(model, x)
 
 

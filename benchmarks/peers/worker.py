@@ -64,7 +64,7 @@ def run(tool: str, name: str, mask: str, seed: int) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle
         with torch.no_grad():
             found = first(result(x))
-    except BaseException as error:  # noqa: BLE001  a tool's crash, of whatever kind, is a result
+    except BaseException as error:  # a tool's crash, of whatever kind, is a result
         if isinstance(error, KeyboardInterrupt):
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]

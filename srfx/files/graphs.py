@@ -118,8 +118,10 @@ def _target(item: dict[str, Any], custom: Callable[[], Mapping[str, Any]] | None
         return function_of(target, name)
     if op == "call_method" and target not in names.methods():
         raise FileError(f"{name}: a file may not name the method {target!r}")
-    # Paths and names of inputs become part of generated code.
-    if not all(_is_path_part(part) for part in target.lstrip("*").split(".")):
+    # Names of inputs, and paths, become part of generated code; fx quotes a path that is no identifier, never a name.
+    if op == "placeholder":
+        identifier(target.lstrip("*"))
+    elif not all(_is_path_part(part) for part in target.lstrip("*").split(".")):
         raise DamagedFileError(f"the file is damaged: {name} has the target {target!r}")
     return target
 

@@ -204,6 +204,19 @@ def test_methods_that_a_file_may_not_name(file: Path, target: str) -> None:
         srfx.load(rewritten(file, change))
 
 
+@pytest.mark.parametrize("target", ["x=print", "x:os.environ", "x;import this", "x, y", ""])
+def test_inputs_are_identifiers(file: Path, target: str) -> None:
+    """Their names stand as they are in the code that fx generates."""
+
+    def change(document: dict[str, Any]) -> None:
+        first = document["module"]["graph"]["nodes"][0]
+        assert first["op"] == "placeholder"
+        first["target"] = target
+
+    with pytest.raises(DamagedFileError, match="identifier"):
+        srfx.load(rewritten(file, change))
+
+
 def test_attributes_that_a_file_may_not_ask_for(file: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         node = next(n for n in nodes(document).values() if n["op"] == "call_module")
