@@ -10,6 +10,7 @@ from srfx.cycle import (
     live_dropout,
     release,
 )
+from srfx.explain import Explanation, explain
 from srfx.files import load, save
 from srfx.minimize import default_passes, minimize
 from srfx.passes import MachineCosts, machine_costs
@@ -18,6 +19,7 @@ from srfx.verify import Verification, verify
 
 __all__ = [
     "ChannelGroups",
+    "Explanation",
     "GroupPenalty",
     "L1Penalty",
     "MachineCosts",
@@ -27,6 +29,7 @@ __all__ = [
     "apply_",
     "channel_groups",
     "default_passes",
+    "explain",
     "live_dropout",
     "load",
     "machine_costs",

@@ -133,7 +133,7 @@ def _minimize(
 ) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
-    before = survey(gm, captured.inputs if captured.inputs is not None else _remembered(model, gm))
+    before = survey(gm, captured.inputs if captured.inputs is not None else remembered_inputs(model, gm))
 
     hints = SharedHints(before)
     done = canonicalise(gm, hints)
@@ -203,7 +203,7 @@ def _faster(
     return small
 
 
-def _remembered(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
+def remembered_inputs(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
     """The input shapes of the last run: a minimized model that was pickled or saved has no other metadata."""
     record = record_of(model)
     if record is None or len(record.inputs) != len(gm.graph.find_nodes(op="placeholder")):

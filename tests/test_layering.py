@@ -22,6 +22,7 @@ LAYERS = (
     "cycle",
     "apply",
     "files",
+    "explain",
     "minimize",
     "verify",
     "record",

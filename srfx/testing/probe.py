@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from srfx.analysis import analyse
 from srfx.analysis.calls import Site
+from srfx.analysis.why import Explainer, Why, classes_of
 from srfx.ir.aliases import mutation_barriers
 from srfx.ir.capture import capture
 from srfx.ir.shapes import SharedHints, survey
@@ -28,7 +29,6 @@ from srfx.lattice.movement import Fields
 from srfx.minimize import canonicalise
 from srfx.ops.facts import FactTable, collapse
 from srfx.testing.observe import Observer
-from srfx.testing.why import Explainer, Why, classes_of
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def test_onnx(case: tuple[Any, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_compile(case: tuple[Any, ...], mode: str) -> None:
     small, x, larger = case

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import srfx
+from srfx.analysis.why import MEANINGS
 from srfx.ir.capture import capture
 from srfx.ir.plan import Reason
 from srfx.testing import Probe, ValueProbe, probe
 from srfx.testing.observe import Observer
 from srfx.testing.resample import Resampler
-from srfx.testing.why import MEANINGS
 from tests.helpers import kill, randomized
 from tests.snapshots import assert_unchanged, snapshot, trace
 

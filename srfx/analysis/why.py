@@ -19,6 +19,7 @@ from srfx.lattice.classes import Classes
 from srfx.lattice.movement import Fields
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import Demand, FactTable, collapse
+from srfx.ops.rule import Effect
 
 READ = "READ"
 CARRIER = "CARRIER"
@@ -136,6 +137,9 @@ class Explainer:
         """For each class the call that demands it: one that cannot do without rather than one that passes it on."""
         found: dict[int, tuple[int, Why]] = {}
         for site in reversed(self.sites):
+            is_idle = self.facts.live.get(site.node) is None and not self.facts.program.is_tensor(site.node)
+            if is_idle and site.rule.effect is not Effect.IMPURE:
+                continue  # sizes and the like
             demand = site.rule.backward(site.call, self._live(site.node), self.facts)
             own = self._results[site.node.name]
             for value, part in demand.items():
