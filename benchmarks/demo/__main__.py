@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 import srfx
 from benchmarks.demo.digits import Digits, load_digits
 from benchmarks.demo.measure import compare, latency, save_weights, widths
-from benchmarks.demo.networks import Groups, Perceptron, ResidualNet
+from benchmarks.demo.networks import Perceptron, ResidualNet
 from benchmarks.demo.picture import Widths, draw_kept_channels
 from benchmarks.demo.squeeze import Schedule, Trained, squeeze
 
@@ -85,7 +85,7 @@ def run(case: Case, digits: Digits, out: Path, seed: int, console: Console) -> O
     console.rule(case.title)
     torch.manual_seed(seed)
     net = case.network()
-    trained = train(net, net.groups(), digits, case.schedule, console)
+    trained = train(net, digits, case.schedule, console)
 
     traced = torch.fx.symbolic_trace(net)  # the pruning hooks are still on
     start = time.perf_counter()
@@ -133,13 +133,13 @@ def run(case: Case, digits: Digits, out: Path, seed: int, console: Console) -> O
     return Outcome(numbers, widths(net), widths(small))
 
 
-def train(net: nn.Module, groups: Groups, digits: Digits, schedule: Schedule, console: Console) -> Trained:
+def train(net: nn.Module, digits: Digits, schedule: Schedule, console: Console) -> Trained:
     """Squeeze the network behind a progress bar."""
     columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("train", total=schedule.epochs)
         return squeeze(
-            net, groups, digits, schedule, lambda phase: progress.update(task, advance=1, description=phase)
+            net, digits, schedule, lambda phase: progress.update(task, advance=1, description=phase)
         )
 
 

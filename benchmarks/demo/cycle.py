@@ -66,7 +66,6 @@ def make(net: nn.Module, digits: Digits, cycles: int, seed: int, folder: Path | 
     def train_phase(model: nn.Module, phase: Phase) -> None:
         train(model, digits, EPOCHS[phase.name])
 
-    @torch.no_grad()
     def accuracy(model: nn.Module) -> float:
         return float((model(digits.test_images).argmax(1) == digits.test_labels).float().mean())
 

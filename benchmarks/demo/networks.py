@@ -1,21 +1,7 @@
-"""The two networks of the demo, each with the channels that can only leave together.
-
-A channel is stored in several tensors: as a row of the layers that write it, as a column of those that read
-it. Only zeros in all of these are structure to take, so training penalises their joint norm (see `squeeze`).
-"""
-
-from typing import cast
+"""The two networks of the demo."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Slot = tuple[nn.Module, int]  # a module and the axis of its weight on which the channels lie
-Groups = list[tuple[Slot, ...]]  # for each set of channels every place they are stored in
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The module's weight as its last forward pass used it, masked if it is pruned."""
-    return cast(Tensor, module.weight)
 
 
 class Perceptron(nn.Module):
@@ -32,14 +18,6 @@ class Perceptron(nn.Module):
         hidden = F.relu(self.fc1(images.flatten(1)))
         hidden = F.relu(self.fc2(hidden))
         return self.fc3(hidden)  # type: ignore[no-any-return]
-
-    def groups(self) -> Groups:
-        """The input pixels, then the two hidden layers."""
-        return [
-            ((self.fc1, 1),),
-            ((self.fc1, 0), (self.fc2, 1)),
-            ((self.fc2, 0), (self.fc3, 1)),
-        ]
 
 
 class Block(nn.Module):
@@ -60,16 +38,6 @@ class Block(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
 
-    def writers(self) -> tuple[Slot, ...]:
-        """Where the block's output channels are written."""
-        skip = ((self.skip[0], 0), (self.skip[1], 0)) if isinstance(self.skip, nn.Sequential) else ()
-        return (self.conv2, 0), (self.bn2, 0), *skip
-
-    def readers(self) -> tuple[Slot, ...]:
-        """Where the block's input channels are read."""
-        skip = ((self.skip[0], 1),) if isinstance(self.skip, nn.Sequential) else ()
-        return (self.conv1, 1), *skip
-
 
 class ResidualNet(nn.Module):
     """A small residual network with batch norm: three stages of 16, 32 and 64 channels."""
@@ -89,14 +57,3 @@ class ResidualNet(nn.Module):
         x = F.relu(self.bn(self.stem(images)))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]
-
-    def groups(self) -> Groups:
-        """The channels inside each block, then the streams that the skips run through."""
-        one, two, three = blocks = self.stage1, self.stage2, self.stage3
-        inside: Groups = [((block.conv1, 0), (block.bn1, 0), (block.conv2, 1)) for block in blocks]
-        return [
-            *inside,
-            ((self.stem, 0), (self.bn, 0), *one.writers(), *one.readers(), *two.readers()),
-            (*two.writers(), *three.readers()),
-            (*three.writers(), (self.head, 1)),
-        ]

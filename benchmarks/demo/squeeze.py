@@ -1,22 +1,22 @@
 """Train a network and prune it until there is structure to take.
 
 Zeros alone are not structure: magnitude pruning scatters them, and a channel leaves only when everything that
-writes or everything that reads it is zero. So training carries a group penalty, the joint norm of all that a
+writes or everything that reads it is zero. So training carries `srfx.GroupPenalty`, the joint norm of all that a
 channel is stored in, and pruning by magnitude then clears whole channels. The masks stay what
-torch.nn.utils.prune makes them: hooks.
+torch.nn.utils.prune makes them: hooks. (`benchmarks.demo.cycle` leaves all of this to `srfx.SqueezeRelease`.)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+import srfx
 from benchmarks.demo.digits import Digits
-from benchmarks.demo.networks import Groups, weight_of
 
 PRUNED = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
 
@@ -46,22 +46,20 @@ class Trained(NamedTuple):
     share_of_zeros: float  # of all prunable weights, at the end
 
 
-def squeeze(
-    net: nn.Module, groups: Groups, digits: Digits, schedule: Schedule, advance: Callable[[str], None]
-) -> Trained:
+def squeeze(net: nn.Module, digits: Digits, schedule: Schedule, advance: Callable[[str], None]) -> Trained:
     """Train, penalise, then prune and fine-tune in turns; the network keeps its pruning hooks.
 
     Args:
         net: changed in place, left in eval mode.
-        groups: the places each channel is stored in.
         digits: what to train and test on.
         schedule: how long and how hard.
         advance: called after each epoch with the name of the phase.
     """
 
     def train(epochs: int, phase: str, penalty: float) -> None:
-        _train(net, groups, digits, schedule, epochs, penalty, lambda: advance(phase))
+        _train(net, digits, schedule, epochs, lambda: advance(phase), (penalty, pressure))
 
+    pressure = srfx.GroupPenalty(net, digits.train_images[:2], inputs=True)
     train(schedule.dense_epochs, "train", 0.0)
     dense = accuracy(net, digits)
     train(schedule.penalty_epochs, "penalise", schedule.penalty)
@@ -72,7 +70,7 @@ def squeeze(
         train(schedule.finetune_epochs, "prune, fine-tune", schedule.penalty)
     _prune(layers, last)
     train(schedule.finetune_epochs, "fine-tune", 0.0)  # no penalty: what stays may recover
-    weights = torch.cat([weight_of(layer).flatten() for layer in layers])
+    weights = torch.cat([cast(Tensor, layer.weight).flatten() for layer in layers])
     return Trained(dense, int((weights == 0).sum()) / len(weights))
 
 
@@ -83,17 +81,6 @@ def accuracy(net: nn.Module, digits: Digits) -> float:
     return int(hits.sum()) / len(hits)
 
 
-def group_penalty(groups: Groups) -> Tensor:
-    """Sum over all channels of the norm of everything the channel is stored in, times sqrt(its size)."""
-    terms = []
-    for slots in groups:
-        weights = [weight_of(module).movedim(axis, 0) for module, axis in slots]  # each [C, ...]
-        stored = torch.cat([weight.reshape(len(weight), -1) for weight in weights], dim=1)
-        # The square root has no slope at zero, and pruning puts channels exactly there.
-        terms.append((stored.square().sum(1) + 1e-12).sqrt().sum() * stored.shape[1] ** 0.5)
-    return torch.stack(terms).sum()
-
-
 def _prune(layers: list[nn.Module], amount: float) -> None:
     """Mask the smallest weights that are left, wherever they are."""
     weights = [(layer, "weight") for layer in layers]
@@ -102,13 +89,13 @@ def _prune(layers: list[nn.Module], amount: float) -> None:
 
 def _train(
     net: nn.Module,
-    groups: Groups,
     digits: Digits,
     schedule: Schedule,
     epochs: int,
-    penalty: float,
     advance: Callable[[], None],
+    penalty: tuple[float, srfx.GroupPenalty],
 ) -> None:
+    strength, pressure = penalty
     n_images = len(digits.train_labels)
     n_steps = n_images // schedule.batch_size
     optimizer = torch.optim.Adam(net.parameters(), schedule.learning_rate)
@@ -118,8 +105,8 @@ def _train(
         order = torch.randperm(n_images)[: n_steps * schedule.batch_size]
         for batch in order.split(schedule.batch_size):
             loss = F.cross_entropy(net(digits.train_images[batch]), digits.train_labels[batch])
-            if penalty:
-                loss = loss + penalty * group_penalty(groups)
+            if strength:
+                loss = loss + strength * pressure(net)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

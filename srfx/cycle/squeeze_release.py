@@ -63,7 +63,7 @@ class SqueezeRelease:
         model: what `srfx.minimize` takes, trained already; never changed.
         train: trains a model in place, in training mode: ``train(model)`` or ``train(model, phase)``.  Any loop of any
             kind; penalty and masks act through the optimizer's step hooks (`srfx.cycle.phase`).
-        evaluate: ``evaluate(model) -> float``, called in eval mode.
+        evaluate: ``evaluate(model) -> float``, called in eval mode and without gradients.
         example_inputs: as for `srfx.minimize`.
         example_kwargs: as for `srfx.minimize`.
         cycles: how many at most.
@@ -334,7 +334,8 @@ class SqueezeRelease:
     def _score(self) -> float:
         assert self.model is not None
         _set_mode(self.model, is_training=False)
-        return agree.from_rank_0(float(self._evaluate(self.model)))
+        with torch.no_grad():
+            return agree.from_rank_0(float(self._evaluate(self.model)))
 
     def _is_accepted(self, score: float) -> bool:
         if not self.history:
