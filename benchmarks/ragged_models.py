@@ -29,6 +29,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
         for path, p in model.named_parameters():
             if path.endswith("bias"):
                 p.add_(0.1 * torch.randn(p.shape, generator=g))
+            elif p.dim() > 1 and not bool(p.any()):  # a head that starts at zero
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
             elif "layer_scale" in path:
                 p.copy_(0.1 + 0.2 * torch.rand(p.shape, generator=g))
     mask(model, g)

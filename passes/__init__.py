@@ -10,6 +10,7 @@ from srfx.passes import (  # noqa: F401
     drop_noops,
     fold_parameter_math,
     functionalize,
+    fuse_spreads,
     ragged_reads_writes,
     raise_channel_shuffle,
     raise_linear,

@@ -28,6 +28,7 @@ from srfx.passes import (
     machine_costs,
 )
 from srfx.passes.compact_channels import CompactChannels
+from srfx.passes.fuse_spreads import FuseSpreads
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.record.attach import attach, record_of
 from srfx.record.record import TensorSpec
@@ -168,6 +169,8 @@ def _minimize(
             edits, values = compact(gm).edits, None
             assert compact.facts is not None
             recorder.compaction(compact.name, edits, compact.facts)
+        if ragged:
+            FuseSpreads(before.inputs)(gm)
 
     after = survey_result(gm, before.inputs)
     assert_same_interface(before, after)

@@ -68,6 +68,7 @@ class GraphEditor:
         self.gm = gm
         self.nodes: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes}
         self._sizes: dict[tuple[Any, ...], fx.Node] = {}
+        self.selections: dict[tuple[Any, ...], fx.Node] = {}  # made so far, by what they select
 
     def build(self, expr: Expr, before: fx.Node) -> Any:
         """Turn an expression into an argument, creating nodes before ``before``."""

@@ -165,11 +165,7 @@ class Rewire(GraphEdit):
         node, graph = editor.nodes[self.node], editor.gm.graph
         result = editor.nodes[self.operand]
         if self.selected is not None:
-            path = f"{self.node}_selected"
-            set_attr(editor.gm, path, self.selected)
-            selected = editor.attribute_node(path, node)
-            with graph.inserting_before(node):
-                result = graph.call_function(torch.index_select, (result, self.dim, selected))
+            result = self._select(editor, node, result, self.selected)
         if self.index is not None and self.template is not None:
             stored: dict[str, fx.Node] = {}
             for role in ("index", "template"):
@@ -183,6 +179,21 @@ class Rewire(GraphEdit):
                 result = graph.call_function(spread, args)
         node.replace_all_uses_with(result)
         editor.nodes[self.node] = result
+
+    def _select(self, editor: GraphEditor, node: fx.Node, x: fx.Node, selected: Tensor) -> fx.Node:
+        """A slice, the selection that another reader of x has made already, or a new one."""
+        graph = editor.gm.graph
+        if is_range(selected):
+            with graph.inserting_before(node):
+                return graph.call_function(torch.narrow, (x, self.dim, int(selected[0]), selected.numel()))
+        key = (x, self.dim, tuple(selected.tolist()))
+        if key in editor.selections:
+            return editor.selections[key]
+        set_attr(editor.gm, f"{self.node}_selected", selected)
+        index = editor.attribute_node(f"{self.node}_selected", node)
+        with graph.inserting_before(node):
+            editor.selections[key] = graph.call_function(torch.index_select, (x, self.dim, index))
+        return editor.selections[key]
 
 
 @op_rule(port)
