@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def measure(name: str, batches: list[int], compiled: list[bool]) -> Iterator[dic
         for is_compiled in compiled:
             run = {w: torch.compile(m) if is_compiled else m for w, m in found.items()}
             with torch.no_grad():
-                calls = [lambda m=m: m(*args) for m in run.values()]
+                calls = [partial(m, *args) for m in run.values()]
                 for call in calls:
                     call()
                 times = dict(zip(WAYS, best_s(calls, n_rounds=60, limit_s=30), strict=True))
