@@ -171,7 +171,8 @@ def _minimize(options: argparse.Namespace, progress: _Progress) -> int:
         _write(small, source, target)
     summary = report(small)
     if options.report:
-        summary.save(options.report)
+        with progress(f"writing {options.report}"):
+            report(small, source.model, explain=True).save(options.report)
     if options.json:
         print(json.dumps({"report": summary.to_dict(), "verification": _numbers(found)}, sort_keys=True))
     else:
@@ -194,7 +195,7 @@ def _report(options: argparse.Namespace, progress: _Progress) -> int:
             f"{options.file}: only .srfx files keep a report; `srfx minimize --report` writes one for .pt2"
         )
     with progress(f"reading {options.file}"):
-        found = report(load(options.file))
+        found = report(load(options.file), explain=bool(options.html))
     if options.html:
         found.save(options.html)
     else:

@@ -153,6 +153,12 @@ class Reasons:
         meaning = "it is an output of the model" if end.reason == OUTPUT else end.meaning
         return Explanation(tensor, axis, channel, position, tuple(steps), end.reason, end.site, meaning)
 
+    def is_read(self, name: str, channel: int, axis: int = 0) -> bool:
+        """Whether reads lead from this kept channel to something that has to stay."""
+        tensor, axis, position = self._locate(name, channel, axis)
+        label = None if position is None else self._label(tensor, axis, position)
+        return label is None or int(self.distance[label]) >= 0
+
     def _locate(self, name: str, channel: int, axis: int) -> tuple[str, int, int | None]:
         names = {n for t in self.plan.tensors for n in (t.name, *t.aliases)}
         found = self.plan.tensor(name if name in names or f"{name}.weight" not in names else f"{name}.weight")

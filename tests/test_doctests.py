@@ -25,7 +25,9 @@ def test_examples(name: str) -> None:
     assert outcome.failed == 0, f"{outcome.failed} of {outcome.attempted} examples of {name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/files.md", "docs/apply.md", "docs/explain.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/files.md", "docs/apply.md", "docs/explain.md", "docs/report.md"]
+)
 def test_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks marked ``python notest`` need what is not installed everywhere."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)

@@ -34,6 +34,9 @@ class Record:
         revived: dead channels that stayed, by name of a `srfx.ir.plan.Reason`.
         n_nodes_before: nodes of the captured graph.
         n_nodes_after: nodes of the result.
+        edges_before: for each node of the captured graph (not of stored tensors) the nodes it reads.
+        edges_after: the same for the result.
+        ops: what each of these nodes does.
         timing: what ``ragged="auto"`` has weighed, see `srfx.report.Report`; empty otherwise.
     """
 
@@ -47,3 +50,6 @@ class Record:
     n_nodes_before: int = 0
     n_nodes_after: int = 0
     timing: dict[str, float] = field(default_factory=dict)
+    edges_before: dict[str, list[str]] = field(default_factory=dict)
+    edges_after: dict[str, list[str]] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict)

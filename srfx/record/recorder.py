@@ -43,6 +43,7 @@ class Recorder:
         self.tensors = inventory(gm)
         self.unread = _unread(source, gm) if source is not None else []
         self.nodes = [n.name for n in gm.graph.nodes]
+        self.edges, self.ops = _edges(gm)
         self.layers, self.flops = _layers(gm, survey)
         self.graph = _digest(gm)
         self.cuts: dict[str, list[AxisCut]] = {}
@@ -65,6 +66,7 @@ class Recorder:
     def record(self, gm: fx.GraphModule, survey: Survey) -> Record:
         """The record of the finished result."""
         names = [n.name for n in gm.graph.nodes]
+        edges, ops = _edges(gm)
         plan = KeepPlan(
             tensors=(*self._tensor_plans(gm), *self.unread),
             removed_nodes=_missing(self.nodes, names),
@@ -84,6 +86,9 @@ class Recorder:
             dict(sorted(self.revived.items())),
             len(self.nodes),
             len(names),
+            edges_before=self.edges,
+            edges_after=edges,
+            ops={**self.ops, **ops},
         )
 
     def _cut(self, edit: CompactTensor) -> None:
@@ -234,6 +239,22 @@ def _layers(gm: fx.GraphModule, survey: Survey) -> tuple[dict[str, str], dict[st
         if node in survey.flops:
             flops[paths.get(node, node.name)] += survey.flops[node]
     return kinds, dict(flops)
+
+
+def _edges(gm: fx.GraphModule) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Who reads whom, and what each node does; stored tensors are no nodes here."""
+    nodes = [n for n in gm.graph.nodes if n.op != "get_attr"]
+    edges = {n.name: [s.name for s in n.all_input_nodes if s.op != "get_attr"] for n in nodes}
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    ops = {
+        n.name: type(modules[str(n.target)]).__name__
+        if n.op == "call_module"
+        else op_name(n)
+        if n.op.startswith("call")
+        else n.op
+        for n in nodes
+    }
+    return edges, ops
 
 
 def _digest(gm: fx.GraphModule) -> str:

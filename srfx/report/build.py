@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from srfx.errors import PlanError
 from srfx.record.attach import record_of
 from srfx.record.keep_plan import KeepPlan, RefusalNote, TensorPlan
 from srfx.record.record import Record
+from srfx.report.drawing import Runs
+from srfx.report.figure import figure
 from srfx.report.html import to_html
+from srfx.report.latency import latency_ms
+from srfx.report.page import page
+from srfx.report.reasons import explained
 from srfx.report.text import to_text
 
 
@@ -35,6 +41,7 @@ class LayerRow:
         params_after: the same now.
         flops_before: floating-point operations of the layer at the shapes of the record.
         flops_after: the same now.
+        kept: for the first axes of that tensor (outputs, inputs) the positions that stay, as (first, how many).
     """
 
     name: str
@@ -46,6 +53,7 @@ class LayerRow:
     params_after: int
     flops_before: int
     flops_after: int
+    kept: tuple[Runs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,11 @@ class Report:
         timing: with ``ragged="auto"``, milliseconds of a run at these shapes: ``predicted_saving_ms`` by the
             cost model; ``aligned_ms`` and ``ragged_ms`` as measured in turn.  Empty where no channel was worth
             an index.
+        latency_ms: measured median of a run, before and after; only with ``report(small, before)``.
+        explained: why channels of a layer stayed, by layer; only with ``report(small, explain=True)``.
+        edges_before: the graph: for each node those it reads.
+        edges_after: the graph of the result.
+        ops: what each node does.
     """
 
     before: Totals
@@ -88,6 +101,11 @@ class Report:
     unread: tuple[str, ...]
     inputs: tuple[Any, ...]
     timing: dict[str, float] = field(default_factory=dict)
+    latency_ms: tuple[float, float] | None = None
+    explained: dict[str, str] = field(default_factory=dict)
+    edges_before: dict[str, list[str]] = field(default_factory=dict)
+    edges_after: dict[str, list[str]] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return to_text(self)
@@ -105,9 +123,17 @@ class Report:
         with open(path, "w", encoding="utf-8") as file:
             file.write(form())
 
-    def to_html(self) -> str:
-        """A page of its own."""
-        return f"<!DOCTYPE html><html><head><meta charset=utf-8><title>srfx</title></head><body>{to_html(self)}</body></html>"
+    def to_html(self, title: str = "srfx report") -> str:
+        """A page of its own: totals, kept channels of each layer, reasons, and both graphs."""
+        return page(self, title)
+
+    def figure(self) -> Any:
+        """Parameters of each layer before and after, as a ``matplotlib.figure.Figure`` (extra ``report``).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return figure(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -120,11 +146,15 @@ class Report:
         return json.dumps(self.to_dict(), sort_keys=True)
 
 
-def report(small: nn.Module) -> Report:
+def report(
+    small: nn.Module, before: nn.Module | ExportedProgram | None = None, *, explain: bool = False
+) -> Report:
     """What became of each layer, and why not more.
 
     Args:
         small: a result of `srfx.minimize`, also after deepcopy, pickle or training.
+        before: the original; when it is given, both run and their latency is measured.
+        explain: find out for each layer why its channels stayed (see `srfx.explain`); takes an analysis.
 
     Raises:
         PlanError: the model was not made by `srfx.minimize`, or another tool rebuilt it and dropped the
@@ -142,6 +172,7 @@ def report(small: nn.Module) -> Report:
     record = _record(small)
     tensors = record.plan.tensors
     mine = [t for t in tensors if t.status != "unread"]
+    rows = _layers(record)
     return Report(
         Totals(
             *_sizes((t, t.shape) for t in mine if t.status != "created"),
@@ -151,7 +182,7 @@ def report(small: nn.Module) -> Report:
             *_sizes((t, t.kept_shape) for t in mine if t.kept_shape is not None),
             *_work(record.flops_after, record.n_nodes_after),
         ),
-        tuple(_layers(record)),
+        tuple(rows),
         record.plan.refusals,
         record.unknown_ops,
         record.revived,
@@ -159,7 +190,24 @@ def report(small: nn.Module) -> Report:
         tuple(t.name for t in tensors if t.status == "unread"),
         tuple(record.inputs),
         record.timing,
+        None if before is None else _measured(before, small, record),
+        explained(small, _weights(rows)) if explain else {},
+        record.edges_before,
+        record.edges_after,
+        record.ops,
     )
+
+
+def _measured(before: nn.Module | ExportedProgram, small: nn.Module, record: Record) -> tuple[float, float]:
+    assert isinstance(small, fx.GraphModule)  # it has a record
+    return latency_ms(before, small, record)
+
+
+def _weights(rows: list[LayerRow]) -> dict[str, str]:
+    """The tensor of each layer that stands for it and is still there."""
+    return {
+        r.name: f"{r.name}.{r.tensor}" if r.name else r.tensor for r in rows if r.tensor and r.shape_after
+    }
 
 
 def plan(small: nn.Module) -> KeepPlan:
@@ -223,9 +271,28 @@ def _layers(record: Record) -> list[LayerRow]:
                 _sizes((t, t.kept_shape) for t in tensors if t.kept_shape is not None)[0],
                 before,
                 after,
+                () if lead is None else _kept(record.plan, lead),
             )
         )
     return rows
+
+
+def _kept(plan: KeepPlan, tensor: TensorPlan) -> tuple[Runs, ...]:
+    """Outputs and inputs of a weight; only the first axis of anything else."""
+    if tensor.kept_shape is None:
+        return ((),)
+    axes = min(2, len(tensor.shape))
+    return tuple(_runs(plan.kept(tensor.name, axis)) for axis in range(axes))
+
+
+def _runs(positions: Tensor) -> Runs:
+    """Positions that follow one another, together; where rows differ, all that some row keeps."""
+    found = positions.flatten().unique()
+    if not found.numel():
+        return ()
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), (found.diff() != 1).nonzero().flatten() + 1])
+    lengths = torch.cat([begins.diff(), torch.tensor([found.numel() - int(begins[-1])])])
+    return tuple(zip(found[begins].tolist(), lengths.tolist(), strict=True))
 
 
 def _parent(name: str) -> str:

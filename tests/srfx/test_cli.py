@@ -65,6 +65,7 @@ def test_from_pt2_to_pt2_with_the_same_dynamic_sizes(
         "minimizing",
         "verifying",
         "writing out.pt2",
+        "writing report.html",
     ]
     before, after = read_program("in.pt2"), read_program("out.pt2")
     assert limits(after) == limits(before) == [{0: (0, 64), 1: (0, None)}]
