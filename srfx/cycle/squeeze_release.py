@@ -44,6 +44,7 @@ from srfx.cycle.state import (
     state_of,
 )
 from srfx.errors import CycleError
+from srfx.ir.clone import clone_structure
 from srfx.minimize import minimize
 from srfx.record.attach import record_of
 from srfx.record.keep_plan import KeepPlan
@@ -220,7 +221,7 @@ class SqueezeRelease:
         started, previous = time.perf_counter(), smallest_accepted(self.history, self.is_better)
         n_steps, score, plan = 0, None, None
         if name in ("start", "minimize"):
-            plan = self._minimize(self._original if self.model is None else self.model)
+            plan = self._minimize(clone_structure(self._original) if self.model is None else self.model)
             score = self._score()
         elif name == "release":
             self._release(cycle)
@@ -257,8 +258,7 @@ class SqueezeRelease:
         return record
 
     def _minimize(self, model: nn.Module) -> KeepPlan:
-        if self.model is not None:
-            _set_mode(self.model, is_training=False)
+        _set_mode(model, is_training=False)
         small = minimize(model, self._args, example_kwargs=self._kwargs, **self._options)
         _set_mode(small, is_training=False)
         found = record_of(small)

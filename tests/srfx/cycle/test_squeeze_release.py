@@ -74,6 +74,22 @@ def test_a_plain_loop_gets_a_smaller_network() -> None:
             assert r.n_zeros <= 3  # of biases at most
 
 
+def test_a_model_in_training_mode_with_batch_norm() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 2)
+    ).train()
+    fit(model, 60)
+    statistics = copy.deepcopy(model[1].state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    run = cycle(model, cycles=1, pruner="groups", optimizer=optimizer, finetune=False, tolerance=0.2)
+    assert count(run.run()) * 1.5 < count(model)
+    assert model.training
+    assert all(torch.equal(v, statistics[k]) for k, v in model[1].state_dict().items())
+    assert run.model is not None
+    assert {id(p) for p in run.model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
 def test_same_seed_same_numbers() -> None:
     runs = [cycle(trained(), cycles=2, penalty=3e-3, seed=5) for _ in range(2)]
     records = [[(r.phase, r.n_parameters, r.score, r.plan) for r in run] for run in runs]
