@@ -1,6 +1,6 @@
 # Each target makes the virtual environment it needs; nothing but Python 3.11 and pip is asked of the machine.
 #   make demo        prune two networks trained on handwritten digits, minimize them, write out/
-#   make demo-cycle  prune, minimize and train one of them in cycles, with a picture       (a few minutes)
+#   make demo-cycle  prune, minimize and train one of them in cycles, with a picture
 #   make test        the tests that are quick                        (under 10 minutes on two cores)
 #   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
 #   make check       lint, types, test, wheel
