@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srfx.ir.timing import best_s
@@ -26,6 +27,9 @@ class MachineCosts:
     Attributes:
         call_s: one more call in the graph.
         mac_s: one multiplication and addition in a matrix product.
+        conv_mac_s: the same in a convolution of small pictures.
+        weight_s: one weight of a linear layer that is read, which counts where few positions share it.
+        conv_weight_s: one weight of a convolution that is read, and laid out anew, for each call.
         byte_s: one byte read or written by an elementwise op.
         select_s: one byte selected along an axis that is not the last (channels of pictures).
         select_last_s: one byte selected along the last axis (channels of tokens).
@@ -33,13 +37,16 @@ class MachineCosts:
         spread_last_s: one byte of a result that is spread along the last axis.
 
     Example:
-        >>> costs = MachineCosts(4e-6, 2e-11, 1e-10, 2e-10, 2e-9, 5e-10, 1e-9)
+        >>> costs = MachineCosts(4e-6, 2e-11, 5e-11, 2e-10, 9e-10, 1e-10, 2e-10, 2e-9, 5e-10, 1e-9)
         >>> MachineCosts.from_json(costs.to_json()) == costs
         True
     """
 
     call_s: float
     mac_s: float
+    conv_mac_s: float
+    weight_s: float
+    conv_weight_s: float
     byte_s: float
     select_s: float
     select_last_s: float
@@ -97,12 +104,20 @@ def measure_costs(device: str = "cpu") -> MachineCosts:
         small = torch.zeros(1, 8, device=device)
         a, b = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
         plane, row = torch.randn(4, 256, 28, 28, device=device), torch.randn(784, 1024, device=device)
-        out = torch.empty_like(plane)
+        picture, kernel = (
+            torch.randn(1, 128, 14, 14, device=device),
+            torch.randn(128, 128, 3, 3, device=device),
+        )
+        point, wide = torch.randn(1, 256, 2, 2, device=device), torch.randn(256, 256, 3, 3, device=device)
+        vector, matrix = torch.randn(1, 1024, device=device), torch.randn(1024, 1024, device=device)
         call_s = _best_s(lambda: small.index_select(1, _half(8, device)), device)
         return MachineCosts(
             call_s,
             _best_s(lambda: a @ b, device) / 512**3,
-            _best_s(lambda: torch.relu(plane), device) / (2 * out.numel() * 4),
+            _best_s(lambda: F.conv2d(picture, kernel, padding=1), device) / (128 * 128 * 9 * 14 * 14),
+            _best_s(lambda: F.linear(vector, matrix), device) / matrix.numel(),
+            _best_s(lambda: F.conv2d(point, wide, padding=1), device) / wide.numel(),
+            _best_s(lambda: torch.relu(plane), device) / (2 * plane.numel() * 4),
             _select_s(plane, 1, device),
             _select_s(row, -1, device),
             _spread_s(plane, -3, device),
@@ -129,4 +144,4 @@ def _spread_s(x: Tensor, dim: int, device: str) -> float:
 
 
 def _best_s(run: Callable[[], object], device: str) -> float:
-    return best_s([run], device)[0]
+    return best_s([run], device, n_rounds=200, limit_s=0.15)[0]

@@ -115,7 +115,7 @@ def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) ->
         if site.node not in present or not isinstance(hint, Tensor) or not isinstance(fields, dict):
             continue
         if isinstance(site.rule, Contraction) and site.rule.refused(site.call) is None:
-            _add_products(facts, site, found, machine.mac_s)
+            _add_products(facts, site, found, machine)
         if not isinstance(site.rule, Movement):
             for axis, labels in fields.items():
                 n_bytes = hint.element_size() * _others(facts, site.node, axis)
@@ -123,20 +123,23 @@ def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) ->
     return found
 
 
-def _add_products(facts: FactTable, site: Site, found: Tensor, mac_s: float) -> None:
+def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineCosts) -> None:
     rule, call = site.rule, site.call
     assert isinstance(rule, Contraction)
     x, w, axis = rule.x(call), rule.w(call), rule.channel_axis(call)
     rows = facts.fields(site.node).get(axis)
     columns = facts.fields(x).get(axis)
     n_positions = _others(facts, site.node, axis)
+    is_conv = len(call.shape(w)) > 2
+    each = (machine.conv_mac_s if is_conv else machine.mac_s) * n_positions  # seconds for one weight
+    each += machine.conv_weight_s if is_conv else machine.weight_s
     n_taps, groups = math.prod(call.shape(w)[2:]), rule.groups(call)
     n_rows = facts.count(facts.fields(site.node), axis) if rows is not None else call.out_shape[axis]
     n_columns = facts.count(facts.fields(x), axis) if columns is not None else call.shape(x)[axis]
     if rows is not None:
-        _add(facts, found, rows, mac_s * n_positions * n_taps * n_columns / groups)
+        _add(facts, found, rows, each * n_taps * n_columns / groups)
     if columns is not None and groups == 1:
-        _add(facts, found, columns, mac_s * n_positions * n_taps * n_rows)
+        _add(facts, found, columns, each * n_taps * n_rows)
 
 
 def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts) -> float:

@@ -15,9 +15,9 @@ from srfx.passes import _machine_costs
 from tests.helpers import assert_equivalent, shapes
 from tests.passes.test_ragged_reads_writes import residual, two_readers
 
-FREE = MachineCosts(0.0, 1e-11, 1e-10, 0.0, 0.0, 0.0, 0.0)
+FREE = MachineCosts(0.0, 1e-11, 1e-11, 1e-10, 1e-10, 1e-10, 0.0, 0.0, 0.0, 0.0)
 """Copies take no time."""
-SLOW = MachineCosts(1.0, 1e-11, 1e-10, 1.0, 1.0, 1.0, 1.0)
+SLOW = MachineCosts(1.0, 1e-11, 1e-11, 1e-10, 1e-10, 1e-10, 1.0, 1.0, 1.0, 1.0)
 """A copy takes a second."""
 
 
@@ -41,7 +41,7 @@ def test_ports_stay_closed_where_copies_are_dear() -> None:
 
 def test_each_kind_of_copy_has_its_price() -> None:
     """Selections along the last axis may be dear while those of planes are cheap."""
-    dear_last = MachineCosts(0.0, 1e-11, 1e-10, 0.0, 1.0, 0.0, 1.0)
+    dear_last = MachineCosts(0.0, 1e-11, 1e-11, 1e-10, 1e-10, 1e-10, 0.0, 1.0, 0.0, 1.0)
     rows = minimize(fx.symbolic_trace(two_readers()), torch.randn(3, 5), ragged=dear_last)
     assert shapes(rows)["a.weight"] == (16, 16)
     planes = minimize(fx.symbolic_trace(residual()), torch.randn(2, 3, 6, 6), ragged=dear_last)
