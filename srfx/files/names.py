@@ -22,7 +22,8 @@ from torch.overrides import get_overridable_functions
 from torch.utils import _pytree as pytree
 
 import srfx.nn
-import srfx.nn.functional
+import srfx.ops  # registers the rules
+from srfx.ops.registry import known_targets
 
 _NAMESPACES: tuple[ModuleType, ...] = (F, torch.functional, torch.linalg, torch.fft, torch.special, torch)
 _TORCH = (
@@ -65,9 +66,9 @@ def functions() -> dict[str, Callable[..., Any]]:
     table |= _public(math) | _public(operator)
     for name in _NOT_OPERATORS:
         table.pop(f"operator.{name}", None)
-    for name, found in vars(srfx.nn.functional).items():
-        if name.startswith("compensated_"):
-            table[f"srfx.nn.functional.{name}"] = found
+    for target in known_targets():  # functions of ours that appear in results
+        if str(getattr(target, "__module__", "")).startswith("srfx.nn.") and not isinstance(target, type):
+            table[class_name(target)] = target
     return table
 
 

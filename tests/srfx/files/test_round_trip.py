@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import srfx
+from srfx.errors import MissingArchitectureError
 from srfx.record import record_of
 from tests.helpers import masked, randomized, trace
 
+ROOT = Path(__file__).parents[3]
 Pair = namedtuple("Pair", "first second")
 
 
@@ -304,3 +308,75 @@ def test_every_layer_of_torch_nn(tmp_path: Path) -> None:
         found, wanted = pytree.tree_leaves(back(*inputs)), pytree.tree_leaves(gm(*inputs))
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), name
         assert repr(back.layer) == repr(layer)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0])
+
+
+def test_recurrent_and_ragged(tmp_path: Path) -> None:
+    net = randomized(Recurrent())
+    with torch.no_grad():
+        net.head.weight[:, :3] = 0
+    x = torch.randn(2, 5, 4)
+    small = srfx.minimize(net, x)
+    assert_same(small, there_and_back(small, tmp_path), (x,))
+    net = masked(randomized(Residual()))
+    small = srfx.minimize(fx.symbolic_trace(net), IMAGES, ragged=True)
+    back = there_and_back(small, tmp_path)
+    assert_same(small, back, (IMAGES,))
+
+
+@pytest.mark.slow
+def test_hugging_face_with_dynamic_sizes(tmp_path: Path) -> None:
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    net = masked(
+        randomized(hf.BertForSequenceClassification(hf.BertConfig(vocab_size=40, **sizes))), rows=0.2
+    )
+    given = {"input_ids": torch.randint(1, 40, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", max=512)
+    with torch.no_grad():
+        program = torch.export.export(
+            net, (), given, dynamic_shapes={name: {0: batch, 1: tokens} for name in given}, strict=False
+        )
+    small = srfx.minimize(program)
+    back = there_and_back(small, tmp_path)
+    assert_same(small, back)
+    with torch.no_grad():
+        for shape in ((2, 9), (3, 5)):
+            again = {
+                "input_ids": torch.randint(1, 40, shape),
+                "attention_mask": torch.ones(shape, dtype=torch.long),
+            }
+            wanted, found = small(**again), back(**again)
+            assert type(found) is type(wanted) is type(net(**again))
+            same_bits(wanted.logits, found.logits, "logits")
+    assert srfx.plan(srfx.minimize(back)).digest() == srfx.plan(srfx.minimize(small)).digest()
+    code = "import sys, srfx; srfx.load(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "net.srfx")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "import transformers.modeling_outputs first" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchvision_with_functions_of_its_own(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    make = torchvision.models.swin_t
+    net = masked(randomized(make()), rows=0.2)
+    images = torch.randn(2, 3, 64, 64)
+    small = srfx.minimize(fx.symbolic_trace(net), images)
+    srfx.save(small, tmp_path / "net.srfx")
+    with pytest.raises(MissingArchitectureError, match=r"torchvision\.models\.swin"):
+        srfx.load(tmp_path / "net.srfx")
+    back = srfx.load(tmp_path / "net.srfx", make)
+    assert torch.equal(small(images), back(images))
