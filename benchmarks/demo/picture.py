@@ -63,7 +63,7 @@ def draw_history(history: Sequence[PhaseRecord], path: Path) -> None:
     smallest = min((r for r in found if r.accepted), key=lambda r: r.n_parameters)
     axes.annotate(
         f"{smallest.ratio:.1f}x smaller", (smallest.n_parameters, smallest.score),
-        xytext=(0, 12), textcoords="offset points", ha="center", fontsize=9,
+        xytext=(-10, -4), textcoords="offset points", ha="right", fontsize=9,
     )  # fmt: skip
     axes.set_xscale("log")
     axes.invert_xaxis()

@@ -244,3 +244,54 @@ def test_errors_leave_everything_as_it_is() -> None:
     with pytest.raises(PlanError, match="make a new optimizer"):
         srfx.plan(small).apply_to_optimizer(optimizer, net, small)
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
+
+
+class TwoBranches(nn.Module):
+    """Two branches of one stream, each of which reads and writes only a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 12, bias=False)
+        self.c, self.d = nn.Linear(12, 8), nn.Linear(8, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        x = x + self.b(torch.tanh(self.a(x)))
+        return self.out(x + self.d(torch.tanh(self.c(x))))
+
+
+def test_ragged_results() -> None:
+    net, x = TwoBranches().double().eval(), torch.randn(8, 6, dtype=torch.float64)
+    with torch.no_grad():
+        net.a.weight[:, :7] = 0
+        net.b.weight[:4] = 0
+        net.c.weight[:, 5:] = 0
+        net.d.weight[6:] = 0
+        net.into.weight[:, :2] = 0
+    masks = zeros_of(net)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, held: dict[str, Tensor]) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in held.items():
+                model.get_parameter(name).mul_(mask)
+
+    optimizer = torch.optim.AdamW(net.parameters(), 0.01)
+    steps(net, optimizer, masks)
+    small, other = srfx.minimize(net, x, ragged=True), copy.deepcopy(net)
+    plan = srfx.plan(small)
+    assert [small.get_parameter(f"{n}.weight").shape for n in "abcd"] == [(8, 5), (8, 8), (8, 5), (6, 8)]
+    theirs = torch.optim.AdamW(other.parameters(), 0.01)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plan.apply_to_optimizer(optimizer, net, small)
+    for _ in range(3):  # nothing was folded, so the two stay together
+        steps(other, theirs, masks)
+        steps(small, optimizer, {})
+    for name, p in small.named_parameters():
+        wanted = cut(plan.tensor(name), other.get_parameter(name).detach())
+        torch.testing.assert_close(
+            p.detach(), wanted, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
