@@ -14,6 +14,7 @@ from srfx.analysis.liveness import executed
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.movement import Movement
+from srfx.ops.port import selection_before
 from srfx.passes._machine_costs import MachineCosts
 
 INDEX_BYTES = 4
@@ -102,6 +103,10 @@ def index_bytes(facts: FactTable, cut: Cut) -> float:
         size += INDEX_BYTES * int((cut.inside & cut.outside).sum())
         if bool(facts.constancy(cut.node).nonzero().any()):
             size += facts.program.hints[cut.node].element_size() * int(cut.inside.sum())
+    operand = cut.node.args[0]
+    assert isinstance(operand, fx.Node)
+    if len(operand.users) == 1 and selection_before(operand, cut.axis, facts) is not None:
+        size -= INDEX_BYTES * cut.inside.numel()  # the index that is there already goes
     return size
 
 

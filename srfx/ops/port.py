@@ -10,8 +10,8 @@ Both are y[c] = x[s(c)] where s(c) >= 0 and a known number elsewhere, with label
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +27,8 @@ from srfx.lattice.movement import Fields, Step, Take
 from srfx.nn.selection import spread
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import Movement
-from srfx.ops.registry import op_rule
+from srfx.ops.registry import op_rule, resolve
+from srfx.ops.selection import IndexSelect
 from srfx.ops.sizes import is_range
 
 
@@ -213,6 +214,35 @@ class Port(Rewired):
 
     def steps(self, call: Call) -> list[Step]:
         return []
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        inner = selection_before(call["input"], self.axis(call), facts)
+        return [
+            replace(edit, operand=inner.operand, selected=_stored(inner.index[edit.selected.long()], call))
+            if inner is not None and isinstance(edit, Rewire) and edit.selected is not None
+            else edit
+            for edit in super().compact(call, facts)
+        ]
+
+
+class Selection(NamedTuple):
+    """An index_select by a constant index along an axis that keeps all its channels."""
+
+    operand: str
+    index: Tensor
+
+
+def selection_before(node: object, axis: int, facts: FactTable) -> Selection | None:
+    """The selection along ``axis`` that a port reads: a selection of it is one of its operand (theory: Lemma G7)."""
+    if not isinstance(node, fx.Node) or not node.op.startswith("call"):
+        return None
+    rule, call = resolve(node, facts.program)
+    if not isinstance(rule, IndexSelect) or rule.index(call) is None:
+        return None
+    take, source = rule.selection(call), call["input"]
+    if take.axis != axis or axis in facts.fields(rule.source(call)) or axis in facts.fields(node):
+        return None
+    return Selection(source.name, take.source)
 
 
 @op_rule(spread)

@@ -51,6 +51,36 @@ def test_input_features_nobody_reads() -> None:
     assert index.tolist() == list(range(1, 40, 2))
 
 
+def test_features_left_out_later_shorten_the_index_that_is_there() -> None:
+    model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 2))
+    kill(randomized(model)[0], columns=range(0, 40, 2))
+    first = minimize(model, torch.randn(3, 40), ragged=True)
+    kill(first.get_submodule("0"), columns=[3])  # one column saves 32 bytes; a new index would take 76
+    second = minimize(first, torch.randn(3, 40), ragged=True)
+    (index,) = (b.tolist() for _, b in second.named_buffers())
+    assert index == [i for i in range(1, 40, 2) if i != 7]
+    assert len(second.graph.find_nodes(op="call_function", target=torch.index_select)) == 1
+    assert shapes(second)["0.weight"] == (8, 19)
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(second(x), first(x))
+
+
+def test_a_selection_with_another_reader_stays_beside_the_shorter_one() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.tensor([5, 19, 2, 0, *range(6, 20)]))
+            self.layer = nn.Linear(18, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x.index_select(1, self.index)
+            return y, self.layer(y)
+
+    model = randomized(Both())
+    kill(model.layer, columns=range(2, 18))
+    check(model, (torch.randn(3, 20),), kept={"layer.weight": (8, 2)}, ragged=True)
+
+
 def test_input_planes_nobody_reads() -> None:
     model = nn.Sequential(nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     kill(randomized(model)[0], columns=range(5))
