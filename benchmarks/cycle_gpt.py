@@ -5,7 +5,7 @@ network is trained until its held-out loss no longer falls.  Then, in cycles: cl
 of heads, hidden channels, channels of the residual stream), `srfx.minimize`, train on.  The cycles stop at a size that
 is set beforehand.
 
-Run: python -m benchmarks.cycle_gpt [--work out/cycle_gpt] [--threads 1] [--seed 0] [--smaller 8]
+Run: python -m benchmarks.cycle_gpt [--work out/cycle_gpt] [--threads 1] [--seed 0] [--smaller 6]
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Phase:
 
 DENSE = Phase(15, 1e-3)
 CYCLE = Phase(3, 1e-3, last_rate=0.3)
-LAST = Phase(10, 1e-3)
-SHARE = 0.25
+LAST = Phase(6, 1e-3)
+SHARES = (*[0.25] * 7, 0.5)  # of the parameters, cleared in each cycle; the last one goes on
 N_BATCHES = 12
 
 
@@ -172,7 +172,7 @@ class Run:
                 step += 1
             held = self.loss(model)
             print(
-                f"  phase {phase} epoch {epoch} loss {float(loss):.4f} held out {held:.4f} "
+                f"  phase {phase} epoch {epoch} loss {float(loss.detach()):.4f} held out {held:.4f} "
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--smaller", type=float, default=8.0, help="how many times fewer parameters to stop at"
+        "--smaller", type=float, default=6.0, help="how many times fewer parameters to stop at"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -241,7 +241,7 @@ def main() -> None:
     steps = [Step(0, count(model), run.loss(model), 0.0, 0.0)]
     print(steps[0], flush=True)
     while count(model) * arguments.smaller > steps[0].n_parameters:
-        model, step = run.smaller(model, len(steps), CYCLE, SHARE)
+        model, step = run.smaller(model, len(steps), CYCLE, SHARES[min(len(steps), len(SHARES)) - 1])
         steps.append(step)
         print(step, flush=True)
     model, step = run.smaller(model, len(steps), LAST, 0.0)
