@@ -218,7 +218,7 @@ class Port(Rewired):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         inner = selection_before(call["input"], self.axis(call), facts)
         return [
-            replace(edit, operand=inner.operand, selected=_stored(inner.index[edit.selected.long()], call))
+            replace(edit, operand=inner.operand, selected=_stored(inner.chosen[edit.selected.long()], call))
             if inner is not None and isinstance(edit, Rewire) and edit.selected is not None
             else edit
             for edit in super().compact(call, facts)
@@ -229,7 +229,7 @@ class Selection(NamedTuple):
     """An index_select by a constant index along an axis that keeps all its channels."""
 
     operand: str
-    index: Tensor
+    chosen: Tensor
 
 
 def selection_before(node: object, axis: int, facts: FactTable) -> Selection | None:
