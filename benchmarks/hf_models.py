@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {
     "gemma": Kind(_model("GemmaForCausalLM", "GemmaConfig", **GROUPED, head_dim=22)),
     "gemma2": Kind(_model("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=22, sliding_window=5)),
     "gemma3": Kind(_model("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=22, sliding_window=5)),
-    "phi": Kind(_model("PhiForCausalLM", "PhiConfig", **DECODER)),
+    "phi": Kind(_model("PhiForCausalLM", "PhiConfig", **DECODER, partial_rotary_factor=1 / 3)),
     "phi3": Kind(_model("Phi3ForCausalLM", "Phi3Config", **GROUPED)),
     "stablelm": Kind(_model("StableLmForCausalLM", "StableLmConfig", **GROUPED)),
     "olmo2": Kind(_model("Olmo2ForCausalLM", "Olmo2Config", **GROUPED)),

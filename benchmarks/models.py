@@ -3,11 +3,13 @@
     python -m benchmarks.models                     all, and write docs/models.md and benchmarks/results/models.json
     python -m benchmarks.models llama gemma         those whose name contains one of these; nothing is written
     python -m benchmarks.models --json out/m.json   write the numbers elsewhere
+    python -m benchmarks.models --no-probe          leave the completeness probe out (most of the time)
 
 Each model is exported in a process of its own (dynamic batch, under no_grad), float64 throughout: the float32 that
 transformers casts to in norms and rotary angles is replaced in the graph, so that the error of the rewrite is not
 hidden behind rounding.  Columns: parameters before and after, largest error of any output relative to its largest
-entry (at another batch size too), refusals by reason, ops without a rule by count.
+entry (at another batch size too), refusals by reason, ops without a rule by count.  The completeness probe
+(`srfx.testing.probe`) draws the weights anew and tells which classes of channels could go; how many of them do is counted.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import srfx
+import srfx.testing
 from benchmarks.hf_models import KINDS, Inputs, build, example, mask
 
 ROOT = Path(__file__).parent.parent
 EXACT = 1e-9
-QUIET = ("BLOCK_COUNT", "MULTIPLE_OF", "LAST_CHANNEL")
+ENOUGH = 0.8
+N_DRAWS = 2
 
 
 def double_throughout(gm: fx.GraphModule) -> fx.GraphModule:
@@ -106,7 +110,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, with_probe: bool = True) -> dict[str, Any]:
     """One row of the table."""
     kind = KINDS[name]
     torch.set_num_threads(1)
@@ -137,7 +141,18 @@ def measure(name: str) -> dict[str, Any]:
     row["sites"] = [f"{n.node}: {n.reason} {n.detail} {n.n_channels}" for n in found.refusals]
     row["revived"] = found.revived
     row["unknown"] = dict(sorted(found.unknown_ops.items(), key=lambda item: -item[1]))
+    if with_probe:
+        row |= completeness(before, example(kind))
     return row | {"status": "exact" if row["error"] <= EXACT else "WRONG"}
+
+
+def completeness(model: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
+    """How many classes of channels could go, and how many do; why the others stay, by reason."""
+    try:
+        seen = srfx.testing.probe(model, example_kwargs=inputs, n_draws=N_DRAWS, max_draws=N_DRAWS)
+    except Exception as e:  # noqa: BLE001 - a model that cannot be run on other weights is the row's result
+        return {"probe_message": f"{type(e).__name__}: {str(e)[:200]}"}
+    return {"removable": seen.n_removable, "gone": seen.n_gone, "stay": seen.reasons}
 
 
 def magnitude(model: nn.Module, inputs: Inputs) -> float:
@@ -147,15 +162,15 @@ def magnitude(model: nn.Module, inputs: Inputs) -> float:
     return max(float(t.abs().max()) for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def _work(name: str, pipe: Connection) -> None:
-    pipe.send(measure(name))
+def _work(name: str, pipe: Connection, with_probe: bool) -> None:
+    pipe.send(measure(name, with_probe))
 
 
-def in_child(name: str, limit_s: float) -> dict[str, Any]:
+def in_child(name: str, limit_s: float, with_probe: bool) -> dict[str, Any]:
     """`measure` in a forked process with a time limit."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_work, args=(name, theirs))
+    child = context.Process(target=_work, args=(name, theirs, with_probe))
     child.start()
     theirs.close()
     try:
@@ -174,8 +189,16 @@ def line(row: dict[str, Any]) -> str:
     share = 100 * row["after"] / row["before"]
     return (
         f"{row['name']:16} {row['status']:6} {row['before']:8,} -> {row['after']:8,} {share:5.1f} % "
-        f"{row['error']:.0e} {row['seconds']:5.1f} s  {_counts(row['refusals'])}  {_counts(row['unknown'])}"
+        f"{row['error']:.0e} {row['seconds']:5.1f} s  {_went(row)}  {_counts(row['refusals'])}  {_counts(row['unknown'])}"
     )
+
+
+def _went(row: dict[str, Any]) -> str:
+    """Of the classes that could go, those that do."""
+    if "removable" not in row:
+        return ""
+    share = 100 * row["gone"] / row["removable"] if row["removable"] else 100.0
+    return f"{row['gone']} of {row['removable']} ({share:.0f} %)"
 
 
 def _counts(found: dict[str, int], n: int = 3) -> str:
@@ -186,20 +209,26 @@ def page(rows: list[dict[str, Any]]) -> str:
     """docs/models.md."""
     done = [r for r in rows if "error" in r]
     exact = [r for r in done if r["status"] == "exact"]
+    probed = [r for r in done if "removable" in r]
+    complete = [r for r in probed if r["gone"] >= ENOUGH * r["removable"]]
     head = f"""# Transformer models
 
 Written by `python -m benchmarks.models` (torch {torch.__version__}, transformers {_version()}).
 
-{len(KINDS)} models of the transformers library, built small with random weights, each with dead rows (biases left),
+{len(rows)} models of the transformers library, built small with random weights, each with dead rows (biases left),
 dead columns, random zeros, one dead head and, where the model has one residual stream, a fifth of its channels dead.
 Exported with a dynamic batch, run in float64 at two batch sizes. {len(exact)} of {len(done)} that export are exact
 (largest error of an output, relative to its largest entry, at most {EXACT:g}).
 
-*Left* is the share of the parameters that stays. *Refused* counts sites by reason (`srfx.report` names each);
+*Left* is the share of the parameters that stays. *Went* counts classes of tied channels: of those that the
+completeness probe (`srfx.testing.probe`, {N_DRAWS} draws of other weights with the same zeros) finds still or unread, so many
+go. {len(complete)} of {len(probed)} models lose at least {ENOUGH:.0%}. *Stay* says why the others do not:
+BLOCK_COUNT, heads keep equally many lanes; IMPLIED, a norm's result is as wide as its operand; READ, a constant value may
+meet a query that sees no key, where a mask is an input. *Refused* counts sites by reason (`srfx.report` names each);
 *no rule* counts calls of ops that are barriers.
 
-| model | parameters | after | left | error | refused | no rule |
-|---|---:|---:|---:|---:|---|---|
+| model | parameters | after | left | error | went | stay | refused | no rule |
+|---|---:|---:|---:|---:|---:|---|---|---|
 """
     lines = []
     for r in rows:
@@ -207,13 +236,12 @@ Exported with a dynamic batch, run in float64 at two batch sizes. {len(exact)} o
             share = f"{100 * r['after'] / r['before']:.1f} %"
             wrong = "" if r["status"] == "exact" else " **wrong**"
             lines.append(
-                f"| {r['name']} | {r['before']:,} | {r['after']:,} | {share} | {r['error']:.0e}{wrong} | "
-                f"{_counts(r['refusals'])} | {_counts(r['unknown'])} |"
+                f"| {r['name']} | {r['before']:,} | {r['after']:,} | {share} | {r['error']:.0e}{wrong} | {_went(r)} | "
+                f"{_counts(r.get('stay', {}))} | {_counts(r['refusals'])} | {_counts(r['unknown'])} |"
             )
         else:
-            lines.append(
-                f"| {r['name']} | | | | {r['status']} | {r.get('message', '').splitlines()[0][:80]} | |"
-            )
+            what = r.get("message", "").splitlines() or [""]
+            lines.append(f"| {r['name']} | | | | {r['status']} | | | {what[0][:80]} | |")
     return head + "\n".join(lines) + "\n"
 
 
@@ -231,15 +259,18 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--limit-s", type=float, default=180.0)
+    parser.add_argument("--no-probe", action="store_true")
     parser.add_argument("--verbose", action="store_true", help="every refusal, and where a crash came from")
     args = parser.parse_args()
     names = [n for n in KINDS if not args.names or any(part in n for part in args.names)]
     rows = []
     for name in names:
-        rows.append(in_child(name, args.limit_s))
+        rows.append(in_child(name, args.limit_s, not args.no_probe))
         print(line(rows[-1]), flush=True)
         if args.verbose:
             print(rows[-1].get("trace", ""), *rows[-1].get("sites", []), sep="\n    ")
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     if args.names and not args.json:
         return
     path = args.json or ROOT / "benchmarks" / "results" / "models.json"

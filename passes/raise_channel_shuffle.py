@@ -123,15 +123,17 @@ def _shuffle(first: fx.Node, program: Program) -> tuple[list[fx.Node], Tensor | 
     shape = program.shape(program.value(source))
     if len(shape) < 3:
         return [], None
-    start = torch.arange(torch.Size(shape).numel()).view(shape)
-    chain, node, moved = [first], first, start
+    chain, node, steps, now = [first], first, list[Step](), shape
     while True:
         step = _step(node, program)
         if step is None:
             return [], None
-        moved = moved if isinstance(step, str) else walk([step], moved)
-        if moved.shape == start.shape and not isinstance(step, str):
-            order = _order(start, moved)
+        if not isinstance(step, str):
+            steps.append(step)
+            now = program.shape(node)
+        if now == shape and not isinstance(step, str):  # only now are positions moved: a value may be large
+            start = torch.arange(torch.Size(shape).numel()).view(shape)
+            order = _order(start, walk(steps, start))
             return (chain, order) if order is not None else ([], None)
         readers = [u for u in node.users if not _reads_size(u)]
         if len(readers) != 1 or readers[0].all_input_nodes[0] is not node:

@@ -229,12 +229,25 @@ def walk(steps: Sequence[Step], t: Tensor, fill: float | int | bool = 0) -> Tens
 
 def pull_back(steps: Sequence[Step], out: Tensor, shape: Shape) -> Tensor:
     """Which input positions some marked output position copies: the adjoint of `walk`, bool of layout ``shape``."""
+    if all(isinstance(step, Permute) for step in steps):
+        return _permuted_back(steps, out, shape)
     source = walk(steps, torch.arange(math.prod(shape)).view(shape), fill=-1)
     source, out = torch.broadcast_tensors(source, out)
     hit = source[out]
     found = torch.zeros(math.prod(shape), dtype=torch.bool)
     found[hit[hit >= 0]] = True
     return found.view(shape)
+
+
+def _permuted_back(steps: Sequence[Step], out: Tensor, shape: Shape) -> Tensor:
+    """`pull_back` where axes are only reordered (the transpose of a large weight)."""
+    for step in reversed(steps):
+        assert isinstance(step, Permute)
+        out = out.permute([step.order.index(a) for a in range(len(step.order))])
+    for axis, n in enumerate(shape):
+        if n == 1 and out.shape[axis] > 1:
+            out = out.any(axis, keepdim=True)
+    return out.expand(shape)
 
 
 def follow(steps: Sequence[Step], axis: int) -> int | None:

@@ -133,7 +133,16 @@ class Expand(Movement):
         before = call.shape(self.source(call))
         lifted = (1,) * (len(shape) - len(before)) + before
         repeated = [a for a, (m, n) in enumerate(zip(lifted, shape, strict=True)) if m == 1 < n]
+        for axis in [a for a in repeated if a > 0 and self._is_literal(call, a)]:  # the first is the batch
+            fields[axis] = labels.table.fresh(shape[axis]).view(
+                [-1 if a == axis else 1 for a in range(len(shape))]
+            )
         return as_template(call, labels, fields, repeated)
+
+    def _is_literal(self, call: Call, axis: int) -> bool:
+        """Whether a literal says how often an axis is repeated: its copies may go one by one."""
+        sizes = call.bound.get("size")
+        return isinstance(sizes, (list, tuple)) and isinstance(sizes[axis], int)
 
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         return call.values()

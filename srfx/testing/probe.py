@@ -217,11 +217,18 @@ def examine(
 
 
 def _watched(facts: FactTable) -> dict[fx.Node, Fields]:
-    """Values with channels, in graph order; a tuple is seen where its parts are taken out."""
+    """Values with channels, in graph order; a tuple is seen where its parts are taken out.
+
+    What no input reaches (tables of angles, positions, a bias looked up by a constant index) never varies, and
+    positions that index something are no channels: neither is seen.
+    """
     found = {}
+    idle = facts.program.independent | facts.program.tables
     for node in facts.program.nodes:
-        fields = facts.labeller.fields.get(node)
-        if isinstance(fields, dict) and fields and facts.program.is_tensor(node) and node.op != "get_attr":
+        fields, hint = facts.labeller.fields.get(node), facts.program.hints.get(node)
+        if node in idle or node.op == "get_attr" or not isinstance(hint, Tensor):
+            continue
+        if isinstance(fields, dict) and fields and (hint.is_floating_point() or hint.is_complex()):
             found[node] = fields
     return found
 
