@@ -278,8 +278,16 @@ def mask(kind: Kind, model: nn.Module, seed: int = 0) -> None:
         weight *= (torch.rand(weight.shape, generator=g) > 0.5).to(weight)
         if name.endswith(_OUT) and columns % HEADS == 0:
             weight[:, : columns // HEADS] = 0
+    for p in _experts(model):
+        p[:, torch.randperm(p.shape[1], generator=g)[: p.shape[1] // 5]] = 0  # in every expert
+        p *= (torch.rand(p.shape, generator=g) > 0.5).to(p)
     if kind.width is not None:
         _kill_stream(model, kind, torch.randperm(kind.width, generator=g)[: kind.width // 5])
+
+
+def _experts(model: nn.Module) -> list[Tensor]:
+    """Matrices [experts, rows, columns] of mixtures of experts."""
+    return [p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3]
 
 
 def _matrix(m: nn.Module) -> Tensor | None:
@@ -306,6 +314,9 @@ def _kill_stream(model: nn.Module, kind: Kind, channels: Tensor) -> None:
             m.weight[channels] = 0
             if bias is not None:
                 bias[channels] = 0
+    for p in _experts(model):
+        if p.shape[1] == width:
+            p[:, channels] = 0
     for p in model.parameters():
         if p.dim() == 3 and p.shape[-1] == width and p.shape[0] == 1:  # class tokens, position tables
             p[..., channels] = 0

@@ -225,9 +225,10 @@ Exported with a dynamic batch, run in float64 at two batch sizes. {len(exact)} o
 
 *Left* is the share of the parameters that stays. *Went* counts classes of tied channels: of those that the
 completeness probe (`srfx.testing.probe`, {N_DRAWS} draws of other weights with the same zeros) finds still or unread, so many
-go. {len(complete)} of {len(probed)} models lose at least {ENOUGH:.0%}, {len(but_norms)} when IMPLIED is left out. *Stay* says why the others
-do not: BLOCK_COUNT, heads keep equally many lanes; IMPLIED, a norm's result that nobody reads is as wide as its operand
-(`ragged=True` takes it from the readers); READ, a constant value may meet a query that sees no key, where a mask is an input. *Refused* counts sites by reason (`srfx.report` names each);
+go. {len(complete)} of {len(probed)} models lose at least {ENOUGH:.0%}, {len(but_norms)} when IMPLIED is left out.
+*Stay* says why the others do not: BLOCK_COUNT, heads keep equally many lanes; IMPLIED, a norm's result that nobody reads
+is as wide as its operand (`ragged=True` takes it from the readers); READ, a constant value may meet a query that sees no
+key, where a mask is an input. *Refused* counts sites by reason (`srfx.report` names each);
 *no rule* counts calls of ops that are barriers.
 
 | model | parameters | after | left | error | went | stay | refused | no rule |

@@ -20,8 +20,9 @@ def op_rule(*targets: Any, **options: Any) -> Callable[[type[OpRule]], type[OpRu
     """Register a rule for every spelling of its op.
 
     Args:
-        targets: module classes, functions, OpOverloads, method names; or ``(target, "input weight *size")`` where
-            a spelling orders its arguments differently from the rule's ``signature``.
+        targets: module classes, functions, OpOverloads, method names, ``"library::op"`` for an op that another
+            package registers with torch; or ``(target, "input weight *size")`` where a spelling orders its
+            arguments differently from the rule's ``signature``.
         options: attributes set on this registration's rule instance (one class may serve several ops).
 
     Raises:
@@ -57,6 +58,8 @@ def resolve(node: fx.Node, program: Program) -> tuple[OpRule, Call]:
     if node.op == "call_module":
         module = program.modules[str(node.target)]
         target = _module_key(module)
+    if target not in _RULES and isinstance(target, torch._ops.OpOverload):
+        target = target.name()  # an op of a library that is loaded later than we are
     rule, signature = _RULES.get(target, (_UNKNOWN, ("input",)))
     return rule, Call(node, program, signature)
 
