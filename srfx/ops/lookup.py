@@ -6,18 +6,23 @@ pass, and a channel that is one constant at every position is that constant wher
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
+from srfx.ir.editor import GraphEdit, Ref
+from srfx.ir.edits import Recall
 from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import _axis
-from srfx.ops.registry import op_rule
+from srfx.ops.registry import op_rule, resolve
 from srfx.ops.rule import OpRule
+from srfx.ops.views import Expand
 
 aten = torch.ops.aten
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -52,7 +57,42 @@ class Gather(OpRule):
         labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
         fields = _without(labels.of(source), axis, labels)
         shape = tuple(1 if a == axis else n for a, n in enumerate(call.out_shape))
-        return labels.unify([(fields, shape), (labels.of(index), call.out_shape)], len(shape), call.node.name)
+        repeated, mine = self._repeated(call, labels.of(index)), labels.of(index)
+        wide = tuple(1 if a in repeated else n for a, n in enumerate(call.out_shape))
+        return labels.unify([(fields, shape), (mine, wide)], len(shape), call.node.name)
+
+    def _repeated(self, call: Call, fields: Fields) -> list[int]:
+        """Axes along which the index is one position, repeated as often as a size at run time says."""
+        before = self._before_expand(call)
+        if before is None or self._along(call) in fields:
+            return []
+        sizes = zip(call.program.shape(before), call.out_shape, strict=True)
+        return [
+            a for a, (m, n) in enumerate(sizes) if m == 1 < n and a not in fields and a != self._along(call)
+        ]
+
+    def _before_expand(self, call: Call) -> fx.Node | None:
+        """What an expanded index was, with as many axes."""
+        index = call.value("index") if call.value("index") is not None else call.value("indices")
+        if not isinstance(index, fx.Node) or not index.op.startswith("call"):
+            return None
+        rule, inner = resolve(index, call.program)
+        source = inner.value("input") if isinstance(rule, Expand) else None
+        is_whole = isinstance(source, fx.Node) and len(call.program.shape(source)) == len(call.out_shape)
+        return source if is_whole and isinstance(source, fx.Node) else None
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """An index that is repeated along an axis that shrinks broadcasts instead."""
+        found = self._operands(call) if call.out_shape else None
+        if found is None or not isinstance(found[0], fx.Node):
+            return []
+        source, before = found[0], self._before_expand(call)
+        fields, shape = facts.fields(source), call.shape(source)
+        repeated = self._repeated(call, facts.fields(found[1]))
+        if before is None or not any(facts.changed(fields, a, shape[a]) for a in repeated):
+            return []
+        args = (Ref(source.name), Ref(before.name), self._along(call))
+        return [Recall(call.node.name, torch.take_along_dim, args, {})]
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         found = self._operands(call) if call.out_shape else None

@@ -179,3 +179,34 @@ def test_multi_query_projection() -> None:
     kill(model.qkv, [H * D + 1, (H + 1) * D + 3], bias=True)
     q, k, v = 3 * 5, 5, 5
     check(model, (X,), parameters=(q + k + v) * (C + 1) + 3 * 5 * C + C)
+
+
+class Disentangled(nn.Module):
+    """Scores of contents and relative positions, gathered by one index for all heads, heads and batch in one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(C, W), nn.Linear(C, W), nn.Linear(C, W), nn.Linear(W, C)
+        self.positions = nn.Linear(C, W)
+        self.table = nn.Parameter(torch.randn(2 * T, C))
+        randomized(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.size(0)
+        q, k, v = (
+            f(x).view(n, T, H, D).permute(0, 2, 1, 3).reshape(n * H, T, D) for f in (self.q, self.k, self.v)
+        )
+        far = self.positions(self.table).view(2 * T, H, D).permute(1, 0, 2).repeat(n, 1, 1)
+        index = (torch.arange(T)[:, None] - torch.arange(T) + T).unsqueeze(0).expand(n * H, T, T)
+        scores = torch.bmm(q, k.transpose(1, 2)) + torch.gather(torch.bmm(q, far.transpose(1, 2)), -1, index)
+        y = torch.bmm((scores * D**-0.5).softmax(-1), v)
+        return self.o(y.view(n, H, T, D).permute(0, 2, 1, 3).reshape(n, T, W))
+
+
+def test_gathered_relative_positions_lose_the_dead_head() -> None:
+    model = Disentangled()
+    kill(model.o, columns=lanes(*range(D), heads=[2]))
+    kill(model.v, lanes(3), bias=True)
+    kill(model.q, lanes(0), bias=True)
+    found = check(model, (X,), kept=sizes(q=15, k=15, v=15, o=15), routes=["export"])["export"]
+    assert (2 * T, 15) in [tuple(p.shape) for p in found.small.parameters()]  # positions, projected once
