@@ -19,8 +19,9 @@ from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 
 
-def _counts_no_zeros(order: object) -> bool:
-    """Whether a zero adds nothing to the norm of this order, which is one of vectors: 2 if not given."""
+def _counts_no_zeros(call: Call) -> bool:
+    """Whether a zero adds nothing to a norm of the call's order, which is one of vectors: 2 if not given."""
+    order = call.get("ord") if "ord" in call.bound else call.get("p")  # torch.linalg and ATen say ord
     if order is None or order == "fro":
         return True
     return isinstance(order, (int, float)) and not isinstance(order, bool) and order > 0
@@ -33,7 +34,7 @@ class VectorNorm(SumOver):
 
     def is_sum(self, call: Call) -> bool:
         """Whether this call is such a norm; others are reductions that keep every channel."""
-        return _counts_no_zeros(call.get("p")) and call.output.is_floating_point()
+        return _counts_no_zeros(call) and call.output.is_floating_point()
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         if self.is_sum(call):
@@ -82,7 +83,7 @@ class Normalize(OpRule):
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         source, axis = self._source(call), self.axis(call)
-        if not _counts_no_zeros(call.get("p")):
+        if not _counts_no_zeros(call):
             labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
         fields = dict(labels.of(source))
         for a, f in fields.items():
@@ -94,7 +95,7 @@ class Normalize(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         c = facts.constancy(self._source(call))
         zero = c.is_constant(0).cpu()
-        if not _counts_no_zeros(call.get("p")):
+        if not _counts_no_zeros(call):
             return Constancy.top(len(call.out_shape))
         return Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
 
@@ -103,7 +104,7 @@ class Normalize(OpRule):
         source, axis = self._source(call), self.axis(call)
         layout = torch.ones(facts.layout(source), dtype=torch.bool)
         rows = live.any(axis, keepdim=True) & layout
-        if not _counts_no_zeros(call.get("p")):
+        if not _counts_no_zeros(call):
             facts.refuse_constants(call.node, source, [axis], Reason.CHANNEL_MIXING)
             return {source: rows}
         return {source: rows & (~facts.constancy(source).is_constant(0).cpu() | facts.kept_channels(source))}
