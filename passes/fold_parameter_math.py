@@ -40,12 +40,13 @@ _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErr
 
 @dataclass(frozen=True)
 class FoldParameters(Edit):
-    """Replace the result of ``node`` by the attribute ``path``."""
+    """Replace the result of ``node`` by the attribute ``path``; ``is_known``: an edit before this one makes it."""
 
     path: str = ""
     value: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0), compare=False)
     needs_grad: bool = False
     is_parameter: bool = True
+    is_known: bool = False
 
 
 @register_pass("fold-parameter-math")
@@ -58,7 +59,8 @@ class FoldParameterMath(Pass):
     if a Parameter went in (trainable if one of them was), else a buffer, named after its source when there is
     one name for it.
 
-    Refuses: GROWS when the result is larger than what it makes unnecessary (and than 65536 elements);
+    Refuses: GROWS when the result is larger than what it makes unnecessary (and than 65536 elements), or when there
+    would be more parameters than before, because a source is read elsewhere too or is broadcast;
     MUTATION when a source is written in the graph.
     Cost: two evaluations of the folded sub-graphs.
     """
@@ -80,7 +82,8 @@ class FoldParameterMath(Pass):
         node.replace_all_uses_with(folded)
         _erase_unused(node)
         folded.target = edit.path  # only now: the name may belong to one of the sources
-        set_attr(gm, edit.path, value)
+        if not edit.is_known:
+            set_attr(gm, edit.path, value)
 
     def finish(self, gm: fx.GraphModule) -> None:
         """Drop masks and sources that nothing reads any more."""
@@ -114,11 +117,47 @@ class _Planner:
         written = _written_attributes(self.gm)
         with torch.no_grad():
             candidates = [node for node in self.gm.graph.nodes if self.is_constant(node, written)]
+        refused: dict[fx.Node, str] = {}
+        while True:
+            roots = self.roots(candidates, refused)
+            growing = self.growing(roots)
+            refused |= growing
+            if not growing:
+                break
         plan = Plan()
-        roots: list[fx.Node] = []
+        plan.refusals += [Refusal(n.name, Reason.GROWS, refused[n]) for n in candidates if n in refused]
+        taken: set[str] = set()
+        first = self.first_alike(roots)
+        edits: dict[fx.Node, FoldParameters] = {}
+        for node in roots:
+            if first[node] is node:
+                edits[node] = self.edit(node, taken)
+            else:
+                edits[node] = dataclasses.replace(edits[first[node]], node=node.name, is_known=True)
+            self.precise.clear()  # float64 copies of one sub-graph at a time
+        plan.edits += edits.values()
+        return plan
+
+    def first_alike(self, roots: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Of each root the first with the same value from the same sources: a masked weight at several sites is one."""
+        found: dict[fx.Node, fx.Node] = {}
+        by_sources: dict[frozenset[int], list[fx.Node]] = {}
+        for root in roots:
+            tensors = [get_attr(self.gm, str(s.target)) for s in self.sources[root]]
+            alike = by_sources.setdefault(frozenset(id(t) for t in tensors), [])
+            same = (n for n in alike if _is_equal(self.native[n], self.native[root]))
+            found[root] = next(same, root)
+            if found[root] is root:
+                alike.append(root)
+        return found
+
+    def roots(self, candidates: list[fx.Node], refused: dict[fx.Node, str]) -> list[fx.Node]:
+        """Constant arithmetic whose result something else reads, in node order; adds to ``refused``."""
+        found: list[fx.Node] = []
+        self.kept.clear()
         for node in reversed(candidates):
             self.kept[node] = any(self.kept.get(user, True) for user in node.users)
-            if not (self.kept[node] and self.is_arithmetic(node)):
+            if node in refused or not (self.kept[node] and self.is_arithmetic(node)):
                 continue
             value = self.evaluate(node)
             if not isinstance(value, torch.Tensor) or not self.sources[node]:
@@ -127,17 +166,56 @@ class _Planner:
                 continue
             freed = {s.target: self.native[s].numel() for s in self.sources[node] if not self.escapes(s)}
             if value.numel() > max(sum(freed.values()), _SMALL):
-                detail = f"{value.numel()} elements from {sum(freed.values())}"
-                plan.refusals.append(Refusal(node.name, Reason.GROWS, detail))
+                refused[node] = f"{value.numel()} elements from {sum(freed.values())}"
                 continue
-            roots.append(node)
+            found.append(node)
             self.kept[node] = False
-        taken: set[str] = set()
-        for node in reversed(roots):
-            plan.edits.append(self.edit(node, taken))
-            self.precise.clear()  # float64 copies of one sub-graph at a time
-        plan.refusals.reverse()
-        return plan
+        return found[::-1]
+
+    def growing(self, roots: list[fx.Node]) -> dict[fx.Node, str]:
+        """Roots that together would leave more parameters than there were: a source of theirs is read elsewhere.
+
+        Roots that share a source are judged together, since only all of them make it unnecessary.
+        """
+        readers: dict[int, list[fx.Node]] = {}
+        for root in roots:
+            for tensor in self.parameters(root):
+                readers.setdefault(id(tensor), []).append(root)
+        still_read, first = self.still_read(), self.first_alike(roots)
+        found: dict[fx.Node, str] = {}
+        seen: set[fx.Node] = set()
+        for root in roots:
+            together, stack, sources = [], [root], dict[int, int]()
+            while stack:
+                current = stack.pop()
+                if current in seen:
+                    continue
+                seen.add(current)
+                together.append(current)
+                for tensor in self.parameters(current):
+                    sources[id(tensor)] = tensor.numel()
+                    stack += readers[id(tensor)]
+            freed = sum(n for key, n in sources.items() if key not in still_read)
+            made = sum(self.native[n].numel() for n in together if first[n] is n) if sources else 0
+            if made > freed:
+                found |= dict.fromkeys(together, f"{made} parameters in place of {freed}")
+        return found
+
+    def parameters(self, root: fx.Node) -> list[nn.Parameter]:
+        """Parameters that go into a root."""
+        tensors = [get_attr(self.gm, str(s.target)) for s in self.sources[root]]
+        return [t for t in tensors if isinstance(t, nn.Parameter)]
+
+    def still_read(self) -> set[int]:
+        """Identities of the parameters that something reads when all roots are folded."""
+        found = {
+            id(get_attr(self.gm, str(n.target)))
+            for n in self.gm.graph.find_nodes(op="get_attr")
+            if self.kept.get(n, True)
+        }
+        for node in self.gm.graph.find_nodes(op="call_module"):
+            found |= {id(p) for p in self.gm.get_submodule(str(node.target)).parameters()}
+        return found
 
     def is_constant(self, node: fx.Node, written: set[str]) -> bool:
         """Whether the node has one value known now; remembers its sources."""
@@ -236,6 +314,10 @@ class _Planner:
         while path in taken:
             path += "_"
         return path
+
+
+def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _ancestors(node: fx.Node, known: dict[fx.Node, Any]) -> Iterable[fx.Node]:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from srfx.analysis.generic_inputs import generic_survey
 from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.fake_run import UNKNOWN, Survey
@@ -134,7 +135,8 @@ def _minimize(
 ) -> fx.GraphModule:
     captured = capture(model, example_inputs, example_kwargs)
     gm = captured.graph_module
-    before = survey(gm, captured.inputs if captured.inputs is not None else remembered_inputs(model, gm))
+    given = survey(gm, captured.inputs if captured.inputs is not None else remembered_inputs(model, gm))
+    before = generic_survey(gm, given)
 
     hints = SharedHints(before)
     done = canonicalise(gm, hints)
@@ -143,39 +145,15 @@ def _minimize(
     options: dict[str, Any] = {"multiple_of": multiple_of}
     if ragged:
         options["ragged"] = True if ragged is True else "auto"
-    recorder = Recorder(gm, canonical, model, options)
+    recorder = Recorder(gm, _at(gm, given, before, canonical), model, options)
     for name, refusal in done.refusals:
         recorder.refusals(name, [refusal])
 
-    values: dict[fx.Node, Any] | None = canonical.values
     timing: dict[str, float] = {}
-    with on_cpu():
-        is_open = True
-        while is_open:
-            is_open = False
-            if ragged:
-                step = RaggedReadsWrites(
-                    before.inputs, multiple_of, values, ragged if isinstance(ragged, MachineCosts) else None
-                )
-                opened = step(gm)
-                recorder.refusals(step.name, opened.refusals)
-                is_open = opened.modified
-                values = None if is_open else values
-                if is_open and step.machine is not None:
-                    timing = {
-                        "predicted_saving_ms": timing.get("predicted_saving_ms", 0.0) + 1e3 * step.predicted_s
-                    }
-            compact = CompactChannels(before.inputs, multiple_of, values)
-            edits, values = compact(gm).edits, None
-            assert compact.facts is not None
-            recorder.compaction(compact.name, edits, compact.facts)
-        if ragged:
-            FuseSpreads(before.inputs)(gm)
-
-    after = survey_result(gm, before.inputs)
+    after = compact(gm, hints, multiple_of, ragged, recorder, timing)
     assert_same_interface(before, after)
     forget_shapes(canonical, after)
-    record = recorder.record(gm, after)
+    record = recorder.record(gm, _at(gm, given, before, after))
     record.timing = timing
     gm = own_tensors(gm, storages([model]))
     attach(gm, record)
@@ -217,6 +195,60 @@ def remembered_inputs(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
 
 def _empty(spec: TensorSpec) -> Tensor:
     return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+
+
+def _at(gm: fx.GraphModule, given: Survey, before: Survey, now: Survey) -> Survey:
+    """The survey at the user's sizes, for numbers that depend on them; ``now`` is the one at the sizes analysed."""
+    return now if before is given else survey_result(gm, given.inputs)
+
+
+def compact(
+    gm: fx.GraphModule,
+    hints: SharedHints,
+    multiple_of: int,
+    ragged: bool | MachineCosts,
+    recorder: Recorder,
+    timing: dict[str, float],
+) -> Survey:
+    """Cut until another round finds nothing: what is left of one cut may allow the next (theory: Lemma V5).
+
+    Args:
+        gm: a canonical graph that the caller owns.
+        hints: one value for each placeholder.
+        multiple_of: see `minimize`.
+        ragged: see `minimize`; the costs of a machine open what pays there.
+        recorder: told of every round.
+        timing: gets the time that the opened ports are predicted to save.
+
+    Returns:
+        The survey of the result.
+    """
+    with on_cpu():
+        while True:
+            is_opened = False
+            if ragged:
+                values = survey_result(gm, hints).values
+                machine = ragged if isinstance(ragged, MachineCosts) else None
+                step = RaggedReadsWrites(hints, multiple_of, values, machine)
+                opened = step(gm)
+                recorder.refusals(step.name, opened.refusals)
+                if is_opened := opened.modified:
+                    hints.forget()
+                    if machine is not None:
+                        known = timing.get("predicted_saving_ms", 0.0)
+                        timing["predicted_saving_ms"] = known + 1e3 * step.predicted_s
+            found = survey_result(gm, hints)
+            cut = CompactChannels(hints, multiple_of, found.values)
+            edits = cut(gm).edits
+            assert cut.facts is not None
+            recorder.compaction(cut.name, edits, cut.facts)
+            if not edits and not is_opened:
+                break
+            hints.forget()
+            canonicalise(gm, hints)  # a table that was cut for each head is computed once
+        if ragged and FuseSpreads(hints)(gm).modified:
+            hints.forget()
+    return survey_result(gm, hints)
 
 
 def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> PipelineResult:

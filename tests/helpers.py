@@ -255,11 +255,12 @@ def kill(
 # ---------------------------------------------------------------------- the whole check
 @dataclass
 class Outcome:
-    """What one route gave."""
+    """What one route gave: the result, the edits that cut, the refusals, and the edits of the passes before."""
 
     small: fx.GraphModule
     edits: list[Edit] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    prepared: list[tuple[str, Edit]] = field(default_factory=list)
 
     @property
     def reasons(self) -> set[Reason]:
@@ -283,13 +284,13 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def plan_of(model: nn.Module, inputs: Inputs) -> Outcome:
-    """Run the pipeline step by step; edits and refusals are those of the last pass, which cuts."""
+    """Run the pipeline step by step, each pass once; edits and refusals are those of the last, which cuts."""
     captured = capture(model, inputs)
     gm = captured.graph_module
     hints = captured.inputs if captured.inputs is not None else hint_inputs(gm)
-    canonicalise(gm, hints)
+    prepared = canonicalise(gm, hints).edits
     done = CompactChannels(hints)(gm)
-    return Outcome(gm, list(done.edits), list(done.refusals))
+    return Outcome(gm, list(done.edits), list(done.refusals), prepared)
 
 
 def check(
@@ -342,6 +343,7 @@ def check(
         if idempotent:
             again = plan_of(small, inputs)
             assert count(again.small) == count(small), f"{route}: {count(small)}, then {count(again.small)}"
+            assert not again.prepared, f"{route}: a second run prepares {again.prepared[:3]}"
             assert not again.edits, f"{route}: a second run plans {again.edits[:3]}"
             if ragged:
                 more = minimize(small, inputs, ragged=True)

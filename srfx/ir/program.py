@@ -72,6 +72,18 @@ class Program:
         """The node itself, or the Param that a get_attr node reads."""
         return self._attributes.get(node, node)
 
+    def readers(self, param: Param) -> list[fx.Node]:
+        """Calls that take a parameter, as an argument or in their module."""
+        found: dict[fx.Node, None] = {}
+        for node in self.nodes:
+            if node.op == "get_attr" and self._attributes.get(node) is param:
+                found |= dict.fromkeys(node.users)
+            elif node.op == "call_module" and any(
+                t is param.tensor for _, t in _named_tensors(self.modules[str(node.target)])
+            ):
+                found[node] = None
+        return list(found)
+
     def shape(self, value: Value) -> tuple[int, ...]:
         """Concrete hint shape of a tensor value."""
         if isinstance(value, Param):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from srfx.errors import CaptureError, MissingShapesError
-from srfx.ir.fake_run import Survey, _Propagator
+from srfx.ir.fake_run import Survey, _Propagator, quiet_fakes
 from srfx.ir.hints import _bind, _from_metadata
 from srfx.ir.probing import candidates
 
@@ -120,7 +120,8 @@ def _probe(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> Survey:
         with FakeTensorMode(allow_non_fake_inputs=True):
             hints = [value() if callable(value) else value for value in guess]
         try:
-            return _Propagator(gm, with_hooks=False).survey(hints)
+            with quiet_fakes():
+                return _Propagator(gm, with_hooks=False).survey(hints)
         except CaptureError as error:
             last = error
     names = ", ".join(str(node.target) for node in placeholders)

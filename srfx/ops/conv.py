@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
+from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.contraction import Contraction
 from srfx.ops.contraction_facts import split_axis
 from srfx.ops.facts import FactTable, Labeller
-from srfx.ops.registry import op_rule
+from srfx.ops.registry import op_rule, resolve
 from srfx.ops.sizes import set_argument
 
 aten = torch.ops.aten
@@ -28,12 +28,31 @@ class Convolution(Contraction):
     """y[n, r, p] = b[r] + sum_c,t W[r, c, t] x[n, c, s p + d t - pad].  W [C_out, C_in/G, *k]."""
 
     signature: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    shrinks_axes = True
 
     def n_spatial(self, call: Call) -> int:
         return len(call.shape(self.w(call))) - 2
 
     def groups(self, call: Call) -> int:
         return int(call.get("groups", 1))
+
+    def refused(self, call: Call) -> Reason | None:
+        found = super().refused(call)
+        if found is None and self.groups(call) > 1 and self._is_read_otherwise(call):
+            return Reason.SHARED_WEIGHT
+        return found
+
+    def _is_read_otherwise(self, call: Call) -> bool:
+        """Whether a weight of several groups has a site that does not group it alike: its columns are other channels."""
+        w = self.w(call)
+        if not isinstance(w, Param) or w.n_sites < 2:
+            return False
+        for node in call.program.readers(w):
+            rule, other = resolve(node, call.program)
+            is_alike = isinstance(rule, Convolution) and other.value("weight") is w
+            if not is_alike or other.get("groups", 1) != self.groups(call) or type(rule) is not type(self):
+                return True
+        return False
 
     def channel_axis(self, call: Call) -> int:
         return len(call.out_shape) - self.n_spatial(call) - 1

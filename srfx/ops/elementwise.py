@@ -92,7 +92,10 @@ class Elementwise(OpRule):
             if isinstance(value, Tensor) and not value.is_complex()
             else torch.tensor(float("nan"))
         )
-        return self.annihilate(call, Constancy(varies.cpu(), value.cpu()), facts)
+        found = Constancy(varies.cpu(), value.cpu())
+        if facts.has_run_time_number((call.node.args, call.node.kwargs)):
+            found = Constancy.top(len(call.out_shape))
+        return self.annihilate(call, found, facts)
 
     def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
         """Channels that are constant although an operand varies."""
@@ -264,6 +267,8 @@ class Fill(Elementwise):
     """zeros_like, full_like and kin: a constant of the operand's shape; the operand lends only its shape."""
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
+        if facts.has_run_time_number((call.node.args, call.node.kwargs)):
+            return Constancy.top(len(call.out_shape))
         value = call.run(
             {v: torch.zeros((1,) * len(call.shape(v)), dtype=_dtype(call, v)) for v in self.operands(call)}
         )

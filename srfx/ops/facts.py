@@ -218,6 +218,13 @@ class FactTable:
                 tensor = take(tensor, axis, index)
         return tensor
 
+    def has_run_time_number(self, raw: Any) -> bool:
+        """Whether an argument is a number that differs from call to call: a size, or an input that is no tensor."""
+        found: list[fx.Node] = []
+        fx.node.map_arg(raw, found.append)
+        numbers = [n for n in found if not isinstance(self.program.hints.get(n), Tensor)]
+        return any(n not in self.program.independent and self.labeller.is_dynamic(n) for n in numbers)
+
     def refuse_constants(self, node: fx.Node, value: Value, axes: Iterable[int], reason: Reason) -> None:
         """Note the refusal when constant channels stay along one of these axes of an operand."""
         varies = self.constancy(value).varies

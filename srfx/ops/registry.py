@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,14 +54,22 @@ def _signature(target: Any, rule: OpRule) -> tuple[str, ...]:
 
 def resolve(node: fx.Node, program: Program) -> tuple[OpRule, Call]:
     """The rule of a call node and the call bound to the rule's argument names."""
+    rule, signature = _find(node, program.modules)
+    return rule, Call(node, program, signature)
+
+
+def rule_of(node: fx.Node, modules: Mapping[str, torch.nn.Module]) -> OpRule:
+    """The rule of a call node alone; ``modules`` by path."""
+    return _find(node, modules)[0]
+
+
+def _find(node: fx.Node, modules: Mapping[str, torch.nn.Module]) -> tuple[OpRule, tuple[str, ...]]:
     target: Any = node.target
     if node.op == "call_module":
-        module = program.modules[str(node.target)]
-        target = _module_key(module)
+        target = _module_key(modules[str(node.target)])
     if target not in _RULES and isinstance(target, torch._ops.OpOverload):
         target = target.name()  # an op of a library that is loaded later than we are
-    rule, signature = _RULES.get(target, (_UNKNOWN, ("input",)))
-    return rule, Call(node, program, signature)
+    return _RULES.get(target, (_UNKNOWN, ("input",)))
 
 
 def has_rule(target: Any) -> bool:
@@ -72,6 +80,11 @@ def has_rule(target: Any) -> bool:
 def known_targets() -> list[Any]:
     """All registered targets, in the order of registration."""
     return list(_RULES)
+
+
+def known_rules() -> list[tuple[Any, OpRule]]:
+    """All registered targets with their rules, in the order of registration."""
+    return [(target, rule) for target, (rule, _) in _RULES.items()]
 
 
 def _module_key(module: torch.nn.Module) -> Any:

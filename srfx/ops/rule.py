@@ -48,6 +48,8 @@ class OpRule:
     effect = Effect.PURE
     signature: tuple[str, ...] = ("input",)
     barrier: Reason = Reason.UNKNOWN_OP
+    shrinks_axes: bool = False
+    """Whether axes of the result are shorter than the operand's, by an amount that the call fixes: a window."""
 
     def is_unrecognised(self, call: Call) -> bool:
         """Whether the arguments of this call are in a form that the rule cannot read: then it is a barrier."""

@@ -172,7 +172,8 @@ class Creation(OpRule):
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         likes = {v: torch.zeros(call.shape(v), dtype=_dtype(call, v)) for v in call.values()}
-        value = call.run(likes) if self.is_uniform else None
+        is_known = self.is_uniform and not facts.has_run_time_number(call.bound.get("fill_value"))
+        value = call.run(likes) if is_known else None
         if value is None or value.is_complex() or not value.numel():
             return Constancy.top(len(call.out_shape))
         first = value.flatten()[:1].double().view((1,) * value.dim())

@@ -31,6 +31,7 @@ class PerChannel(OpRule):
 
     signature: tuple[str, ...] = ("input",)
     n_spatial = 0
+    shrinks_axes = True
 
     def source(self, call: Call) -> Value:
         value = call.value("input")
@@ -276,13 +277,19 @@ def _spellings(homes: Iterable[tuple[Any, str]]) -> list[Any]:
     return list(dict.fromkeys(t for t in plain if t is not None))
 
 
+_SNAKE = {"Max": "max", "AdaptiveAvg": "adaptive_avg", "AdaptiveMax": "adaptive_max"}
+
+
 def _register_pools(d: int) -> None:
     """Pools and edges of ``d`` spatial axes: the last ones, whether there is a batch axis or not."""
-    pools = [f"{kind}_pool{d}d" for kind in ("max", "adaptive_avg", "adaptive_max")]
-    more = [f"_adaptive_avg_pool{d}d", f"max_pool{d}d_with_indices"]
-    homes = [(nn, f"{kind}Pool{d}d") for kind in ("Max", "AdaptiveAvg", "AdaptiveMax")]
-    homes += [(F, n) for n in pools] + [(torch, n) for n in pools] + [(aten, n) for n in (*pools, *more)]
-    op_rule(*_spellings(homes), n_spatial=d)(PerChannel)
+    for kinds, more, is_window in (
+        (("Max",), f"max_pool{d}d_with_indices", True),
+        (("AdaptiveAvg", "AdaptiveMax"), f"_adaptive_avg_pool{d}d", False),
+    ):
+        pools = [f"{_SNAKE[kind]}_pool{d}d" for kind in kinds]
+        homes = [(nn, f"{kind}Pool{d}d") for kind in kinds]
+        homes += [(F, n) for n in pools] + [(torch, n) for n in pools] + [(aten, n) for n in (*pools, more)]
+        op_rule(*_spellings(homes), n_spatial=d, shrinks_axes=is_window)(PerChannel)
     homes = [(nn, f"AvgPool{d}d"), (F, f"avg_pool{d}d"), (aten, f"avg_pool{d}d")]
     op_rule(*_spellings(homes), n_spatial=d)(AveragePool)
     op_rule(*_spellings([(nn, f"LPPool{d}d"), (F, f"lp_pool{d}d")]), n_spatial=d)(PowerPool)

@@ -56,12 +56,17 @@ class Recorder:
             self.notes.append(RefusalNote(r.node, r.reason.name, r.reason.value, r.detail, 0, source))
 
     def compaction(self, source: str, edits: Iterable[Edit], facts: FactTable) -> None:
-        """Note the cuts of a pass, what it refused, and what it revived."""
+        """Note the cuts of one round of a pass, what it refused, and what it revived.
+
+        What stays in one round is met again in the next, where it may look live: the larger number counts.
+        """
         for edit in edits:
             if isinstance(edit, CompactTensor):
                 self._cut(edit)
+        before, self.notes = self.notes, []
         self._pinned(source, facts)
-        self.revived += revived(facts)
+        self.notes = _merged([*before, *self.notes])
+        self.revived |= revived(facts)
 
     def record(self, gm: fx.GraphModule, survey: Survey) -> Record:
         """The record of the finished result."""
@@ -148,6 +153,16 @@ class Recorder:
             )
         created = [t for t in after.values() if not known & {t.name, *t.aliases}]
         return plans + [dataclasses.replace(t, status="created") for t in created]
+
+
+def _merged(notes: Iterable[RefusalNote]) -> list[RefusalNote]:
+    """Each refusal once, with the largest number of channels."""
+    found: dict[tuple[str, str, str, str], RefusalNote] = {}
+    for note in notes:
+        key = (note.node, note.reason, note.detail, note.source)
+        if key not in found or found[key].n_channels < note.n_channels:
+            found[key] = note
+    return list(found.values())
 
 
 def _flowing(facts: FactTable) -> Tensor:

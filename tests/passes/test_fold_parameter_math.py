@@ -154,16 +154,30 @@ def test_expand_after_arithmetic_does_not_grow_the_model(route):
 
 
 @routes
-def test_what_grows_is_refused_unless_it_is_small(route):
-    a, b = torch.randn(300, 1), torch.randn(1, 300)
+@pytest.mark.parametrize("size", [9, 300])
+def test_what_grows_is_refused(route, size):
+    a, b = torch.randn(size, 1), torch.randn(1, size)
     model = module(lambda s, x: x.sum() * (s.a + s.b), a=a, b=b)
     gm, edits, refusals = folded(model, route)
     assert not edits
     assert [r.reason for r in refusals] == [Reason.GROWS]
     assert sorted(gm.state_dict()) == ["a", "b"]
-    _, edits, refusals = folded(module(lambda s, x: x.sum() * (s.a + s.b), a=a[:9], b=b), route)
+
+
+def test_buffers_may_grow_while_they_are_small():
+    """By export: symbolic_trace computes with buffers while it traces."""
+    route = "export"
+    a, b = torch.randn(300, 1), torch.randn(1, 300)
+    _, edits, refusals = folded(
+        module(lambda s, x: x.sum() * (s.buffer_a + s.buffer_b), buffer_a=a[:9], buffer_b=b), route
+    )
     assert len(edits) == 1
     assert not refusals
+    _, edits, refusals = folded(
+        module(lambda s, x: x.sum() * (s.buffer_a + s.buffer_b), buffer_a=a, buffer_b=b), route
+    )
+    assert not edits
+    assert [r.reason for r in refusals] == [Reason.GROWS]
 
 
 @routes
@@ -175,31 +189,52 @@ def test_below_a_growing_sum_the_parts_are_folded(route):
 
 
 @routes
-def test_a_parameter_that_is_also_read_directly_keeps_its_name(route):
+def test_a_parameter_that_is_also_read_directly_is_not_doubled(route):
     model = module(
         lambda s, x: F.linear(x, s.w * s.buffer_m) + F.linear(x, s.w),
         w=torch.randn(5, 4),
         buffer_m=torch.rand(5, 4),
     )
-    gm, edits, _ = folded(model, route)
-    (edit,) = edits
-    assert edit.path != "w"
-    assert sorted(gm.state_dict()) == sorted(["w", edit.path])
-    assert torch.equal(gm.get_parameter("w"), model.w)
+    gm, edits, refusals = folded(model, route)
+    assert not edits
+    assert [r.reason for r in refusals] == [Reason.GROWS]
+    assert sorted(gm.state_dict()) == ["buffer_m", "w"]
 
 
 @routes
-def test_two_products_of_one_parameter_get_two_names(route):
+def test_different_products_of_one_parameter_are_refused_together(route):
     def forward(self, x):
         return F.linear(x, self.w * self.buffer_m), F.linear(x, self.w * (1 - self.buffer_m))
 
-    gm, edits, _ = folded(
+    gm, edits, refusals = folded(
         module(forward, w=torch.randn(5, 4), buffer_m=(torch.rand(5, 4) > 0.5).double()), route
     )
-    paths = [e.path for e in edits]
-    assert len(set(paths)) == 2
-    assert paths[0] == "w"
-    assert sorted(gm.state_dict()) == sorted(paths)
+    assert not any(e.is_parameter for e in edits)  # 1 - m alone
+    assert [r.reason for r in refusals] == [Reason.GROWS] * 2
+    assert [name for name, _ in gm.named_parameters()] == ["w"]
+
+
+@routes
+def test_equal_products_of_one_parameter_become_one(route):
+    def forward(self, x):
+        return F.linear(x, self.w * self.buffer_m), F.linear(2 * x, self.w * self.buffer_m)
+
+    gm, edits, refusals = folded(
+        module(forward, w=torch.randn(5, 4), buffer_m=(torch.rand(5, 4) > 0.5).double()), route
+    )
+    assert [(e.path, e.is_known) for e in edits] == [("w", False), ("w", True)]
+    assert not refusals
+    assert list(gm.state_dict()) == ["w"]
+
+
+@routes
+def test_sources_that_all_products_share_are_counted_once(route):
+    def forward(self, x):
+        return F.linear(x, self.v * self.s), F.linear(x, self.w * self.s)
+
+    gm, edits, _ = folded(module(forward, v=torch.randn(5, 4), w=torch.randn(3, 4), s=torch.randn(4)), route)
+    assert len(edits) == 2
+    assert sum(p.numel() for p in gm.parameters()) == 32
 
 
 @routes

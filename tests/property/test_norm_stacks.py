@@ -217,8 +217,7 @@ def hold(stack: Stack) -> None:
     net = Network(stack).double()
     y = net(x.double())
     if bool(y.isfinite().all()):
-        has_signal = not torch.equal(y[0], y[1])  # else every tensor is a leftover that only lends its shape
-        check(net, (x,), idempotent=has_signal)
+        check(net, (x,))
 
 
 @settings(

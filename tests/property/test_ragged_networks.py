@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from srfx.minimize import minimize
 from tests.helpers import check, masked, randomized, size_bytes
 from tests.property import test_norm_stacks as norm_stacks
-from tests.property.test_random_networks import Network, Perceptron, mask_of, varies
+from tests.property.test_random_networks import Network, Perceptron, mask_of
 from tests.snapshots import trace
 
 
@@ -31,7 +31,7 @@ def test_perceptrons(data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 3))
     model = masked(randomized(Perceptron(data.draw), seed), seed, **mask_of(data.draw)).double()
     x = (torch.randn(4, 5).double(),)
-    found = check(model, x, idempotent=varies(model, x), ragged=True)
+    found = check(model, x, ragged=True)
     aligned = minimize(trace(model, x, "symbolic"), x)
     assert size_bytes(found["symbolic"].small) <= size_bytes(aligned)
 

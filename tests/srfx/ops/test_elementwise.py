@@ -528,3 +528,39 @@ def test_residual_branches_that_die_one_after_the_other() -> None:
     for branch in model.branches:
         kill(branch[2], range(6))
     check(model, (X,), others=[OTHER], parameters=(3 * 6 + 6) + (6 * 2 + 2))
+
+
+RUN_TIME: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "times": (lambda x: x * x.size(0), True),
+    "over": (lambda x: x / x.shape[0], True),
+    "over numel": (lambda x: x / x.numel(), True),
+    "plus": (lambda x: x + x.size(0), False),
+    "from": (lambda x: x.size(0) - x, False),
+    "power": (lambda x: (x.abs() + 1) ** x.size(0), False),
+    "clamp": (lambda x: x.clamp(max=x.size(0) / 10), False),
+    "weighted": (lambda x: torch.add(x, torch.ones_like(x[:, :1]), alpha=x.size(0)), False),
+    "full": (lambda x: x + torch.full((8, 1, 1), x.size(0)), False),
+    "full like": (lambda x: x + torch.full_like(x, x.size(0)), False),
+}
+
+
+@pytest.mark.parametrize("name", list(RUN_TIME))
+@pytest.mark.parametrize("bias", [False, True], ids=["constant", "zero"])
+def test_numbers_known_at_run_time_only(name: str, bias: bool) -> None:
+    """A constant times a size is none: it differs from picture to picture.  Zero times a size is zero."""
+    op, keeps_zero = RUN_TIME[name]
+    found = check(sandwich(op, bias=bias), (X,), others=[OTHER])
+    for outcome in found.values():
+        kept = 5 if keeps_zero and bias else 8
+        assert tuple(outcome.small.get_submodule("back").weight.shape) == (4, kept, 1, 1)
+
+
+def test_a_number_of_channels_is_known() -> None:
+    check(sandwich(lambda x: x / x.size(1)), (X,), others=[OTHER], kept=KEPT)
+
+
+def test_padding_with_a_number_known_at_run_time() -> None:
+    """By symbolic_trace only: torch.export writes the example's number into the graph."""
+    model = sandwich(lambda x: F.pad(x, (1, 1, 1, 1), value=x.size(0)))
+    found = check(model, (X,), others=[OTHER], routes=["symbolic"])
+    assert tuple(found["symbolic"].small.get_submodule("back").weight.shape) == (4, 8, 1, 1)

@@ -518,7 +518,6 @@ def test_a_whole_group_goes() -> None:
         model,
         (PIC,),
         kept={"a.weight": (4, 3, 1, 1), "norm.weight": (4,), "b.weight": (4, 4, 1, 1)},
-        idempotent=True,
     )
 
 

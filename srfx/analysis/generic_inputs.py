@@ -1,0 +1,148 @@
+"""Inputs whose sizes say no more than they must: no run-time axis of size 1, none that equals another by chance.
+
+Rules read sizes from hints.  A hint of size 1 on an axis that may be longer at run time hides what the op does there:
+`[1, C] -> [C]` may merge the batch into the channels, a sum over one position is no sum over many.  Two axes of equal
+size hide in which order a view takes them.  So a graph in which that may matter is surveyed at other sizes as well, on
+fake tensors, and analysed at those (theory: section 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from srfx.errors import CaptureError
+from srfx.ir.fake_run import Survey, quiet_fakes
+from srfx.ir.shapes import survey
+from srfx.ops.registry import rule_of
+from srfx.ops.views import View
+
+Axis = tuple[int, int]
+"""A placeholder's place and an axis of its tensor."""
+
+
+def generic_survey(gm: fx.GraphModule, known: Survey) -> Survey:
+    """The survey to analyse a graph by: ``known``, or one at sizes that hide less.
+
+    An axis of an input is of run-time size if the graph runs with another size there; axes of exported graphs are
+    if their size is symbolic.  Axes that only change together (the batch of two inputs) are tried together.
+
+    Args:
+        gm: a captured graph; only read.
+        known: its survey at the sizes that the user gave.  The values in it are only read.
+
+    Cost: nothing when no size is in doubt; else one survey for each axis that is tried, and one for all.
+    """
+    ones, rest = _axes(gm, known)
+    doubtful = ones + rest if _is_ambiguous(gm, known) else ones
+    if not doubtful:
+        return known
+    taken = {n for value in known.inputs if isinstance(value, Tensor) for n in value.shape}
+    free: dict[Axis, int] = {}
+    for axes in _together(doubtful, known):
+        size = _other_size(_size(known, axes[0]), taken)
+        changing = _changing(gm, known, axes, size)
+        free |= changing
+        taken |= set(changing.values())
+    while free:
+        found = _try(gm, known, free)
+        if found is not None:
+            return found
+        free.popitem()  # each may change, but not all at once: the first ones count most
+    return known
+
+
+def _axes(gm: fx.GraphModule, known: Survey) -> tuple[list[Axis], list[Axis]]:
+    """Input axes that may be of run-time size: those of size 1, and the others."""
+    ones: list[Axis] = []
+    rest: list[Axis] = []
+    for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), known.inputs, strict=True)):
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            continue
+        declared = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else None
+        for axis, size in enumerate(value.shape):
+            if declared is not None and not isinstance(declared[axis], torch.SymInt):
+                continue
+            (ones if size == 1 else rest).append((i, axis))
+    return ones, rest
+
+
+def _size(known: Survey, axis: Axis) -> int:
+    return int(known.inputs[axis[0]].shape[axis[1]])
+
+
+def _is_ambiguous(gm: fx.GraphModule, known: Survey) -> bool:
+    """Whether some op shrinks an axis to size 1, or some view has two axes of one size."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    for node in gm.graph.nodes:
+        value = known.values.get(node)
+        if not node.op.startswith("call") or not isinstance(value, Tensor):
+            continue
+        rule = rule_of(node, modules)
+        operand = next((known.values.get(n) for n in node.all_input_nodes), None)
+        if not isinstance(operand, Tensor) or not (rule.shrinks_axes or isinstance(rule, View)):
+            continue
+        before, after = list(operand.shape), list(value.shape)
+        if rule.shrinks_axes:
+            if len(before) == len(after) and any(
+                a == 1 < b for b, a in zip(before[2:], after[2:], strict=True)
+            ):
+                return True
+        elif _repeats(before):
+            return True
+    return False
+
+
+def _repeats(sizes: list[int]) -> bool:
+    longer = [n for n in sizes if n > 1]
+    return len(set(longer)) < len(longer)
+
+
+def _together(axes: Iterable[Axis], known: Survey) -> Iterator[list[Axis]]:
+    """Axes of different inputs that stand at the same place with the same size."""
+    groups: dict[tuple[int, int], list[Axis]] = {}
+    for axis in axes:
+        groups.setdefault((axis[1], _size(known, axis)), []).append(axis)
+    yield from groups.values()
+
+
+def _changing(gm: fx.GraphModule, known: Survey, axes: list[Axis], size: int) -> dict[Axis, int]:
+    """Those of the axes that may all have this size: all, else as many as fit one by one, else all but one."""
+    if _try(gm, known, dict.fromkeys(axes, size)) is not None:
+        return dict.fromkeys(axes, size)
+    found: dict[Axis, int] = {}
+    for axis in axes if len(axes) > 1 else ():
+        if _try(gm, known, {**found, axis: size}) is not None:
+            found[axis] = size
+    for axis in axes if not found and len(axes) > 2 else ():
+        rest = {a: size for a in axes if a != axis}
+        if _try(gm, known, rest) is not None:
+            return rest
+    return found
+
+
+def _other_size(size: int, taken: set[int]) -> int:
+    """A multiple of the size (windows and patches still fit) that no input has so far."""
+    return next(size * k for k in count(2) if size * k not in taken)
+
+
+def _try(gm: fx.GraphModule, known: Survey, sizes: dict[Axis, int]) -> Survey | None:
+    """The survey with these input sizes changed, None where the graph does not run then."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs: list[Any] = list(known.inputs)
+    for i in {i for i, _ in sizes}:
+        value = inputs[i]
+        shape = [sizes.get((i, axis), n) for axis, n in enumerate(value.shape)]
+        order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+        with mode:
+            inputs[i] = torch.empty_permuted(shape, order, dtype=value.dtype, device=value.device)
+    try:
+        with quiet_fakes():
+            return survey(gm, inputs)
+    except CaptureError:
+        return None
