@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from srfx.apply.heads import head_sizes, own_sizes
 from srfx.apply.layers import norm_of, parent_of, readers, settings
+from srfx.apply.outputs import FullRows, full_rows
 from srfx.errors import ApplyError, PlanError, VerificationError
-from srfx.ir.attrs import get_attr, split_path
+from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
 from srfx.record.attach import record_of
 from srfx.record.keep_plan import TensorPlan
@@ -105,9 +106,31 @@ class _Change:
             **dict(small.named_buffers(remove_duplicate=False)),
         }
         planned = {name: t for t in self.plan.tensors for name in (t.name, *t.aliases)}
+        self.full = {
+            path: rows
+            for path, rows in full_rows(small).items()
+            if isinstance(_module(module, path), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        }
+        for path, rows in self.full.items():
+            self._fill(path, rows, planned, values)
         for name, tensors in _names(module).items():
             self._tensor(name, tensors, planned, values)
         self.biases = self._new_biases(values)
+
+    def _fill(
+        self, path: str, rows: FullRows, planned: dict[str, TensorPlan], values: dict[str, Tensor]
+    ) -> None:
+        """A layer whose rows are an output gets them all back, those of constants as zeros with a bias."""
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        if weight not in values or weight not in planned:
+            return
+        values[weight] = rows.weight(values[weight])
+        planned[weight] = dataclasses.replace(planned[weight], kept_shape=tuple(values[weight].shape))
+        full = rows.bias(values.get(bias))
+        if bias in values or bool(full.any()):
+            values[bias] = full
+        if bias in planned and bias in values:
+            planned[bias] = dataclasses.replace(planned[bias], status="kept", kept_shape=tuple(full.shape))
 
     def _tensor(
         self, name: str, tensor: Tensor, planned: dict[str, TensorPlan], values: dict[str, Tensor]
@@ -160,7 +183,11 @@ class _Change:
     def _new_biases(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Biases that folding made, by the path in the module."""
         found: dict[str, Tensor] = {}
-        for created in (t.name for t in self.plan.tensors if t.status == "created"):
+        done = {name for rows in self.full.values() for name in rows.buffers}
+        for path in self.full:
+            if f"{path}.bias" in values:
+                found[f"{path}.bias"] = values[f"{path}.bias"]
+        for created in (t.name for t in self.plan.tensors if t.status == "created" and t.name not in done):
             for node, named in self.reads.get(created, []):
                 weight, bias = named.get("weight"), named.get("bias")
                 is_bias = isinstance(bias, fx.Node) and bias.target == created
@@ -208,7 +235,7 @@ class _Change:
         if not type(layer).__module__.startswith("torch.nn."):
             found: dict[str, Any] | None = own_sizes(layer, own)
         else:
-            twin = _twin(self.small, path)
+            twin = None if path in self.full else _module(self.small, path)
             found = settings(layer, self.reads.get(f"{path}.weight", []), twin)
         if found is None:
             raise ApplyError(f"{path}: it is not known how to resize a {type(layer).__name__}")
@@ -280,9 +307,9 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _twin(small: nn.Module, path: str) -> nn.Module | None:
+def _module(root: nn.Module, path: str) -> nn.Module | None:
     try:
-        return get_attr(small, path) if path else None
+        return root.get_submodule(path)
     except AttributeError:
         return None
 

@@ -125,6 +125,20 @@ def test_a_fresh_instance_and_a_file(tmp_path: Path) -> None:
     assert relative_error(small(TOKENS), fresh(TOKENS)) < 1e-5
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_constant_outputs_get_their_rows_back(bias: bool) -> None:
+    net = randomized(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5, bias=bias)))
+    kill(net[0], rows=[0, 1])
+    kill(net[2], rows=[1, 3])
+    x = torch.randn(3, 4)
+    wanted = net(x)
+    small = srfx.minimize(net, x)
+    assert small.get_parameter("2.weight").shape == (3, 6)
+    srfx.apply_(net, small)
+    assert (net[0].out_features, net[2].in_features, net[2].out_features) == (6, 6, 5)
+    assert relative_error(wanted, net(x)) < 1e-6
+
+
 class HardCoded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
