@@ -19,6 +19,7 @@ from srfx.ops.contraction import Contraction
 from srfx.ops.contraction_facts import split_axis
 from srfx.ops.facts import FactTable, Labeller
 from srfx.ops.registry import op_rule, resolve
+from srfx.ops.rule import OpRule
 from srfx.ops.sizes import set_argument
 
 aten = torch.ops.aten
@@ -194,8 +195,12 @@ def _all(value: Any, wanted: int) -> bool:
     return all(v == wanted for v in value) if isinstance(value, (tuple, list)) else value == wanted
 
 
+class _TransposedConvolution(TransposedConvolution):
+    """aten.convolution with ``transposed`` True."""
+
+
 class _Convolution(Convolution):
-    """aten.convolution with ``transposed`` False."""
+    """aten.convolution, which says by ``transposed`` which of the two it is."""
 
     signature: tuple[str, ...] = (
         "input",
@@ -208,9 +213,10 @@ class _Convolution(Convolution):
         "output_padding",
         "groups",
     )
+    _transposed = _TransposedConvolution()
 
-    def refused(self, call: Call) -> Reason | None:
-        return Reason.UNKNOWN_OP if call.get("transposed") else super().refused(call)
+    def variant(self, call: Call) -> OpRule:
+        return self._transposed if call.get("transposed") else self
 
 
 op_rule(aten.convolution.default)(_Convolution)

@@ -55,7 +55,8 @@ def _signature(target: Any, rule: OpRule) -> tuple[str, ...]:
 def resolve(node: fx.Node, program: Program) -> tuple[OpRule, Call]:
     """The rule of a call node and the call bound to the rule's argument names."""
     rule, signature = _find(node, program.modules)
-    return rule, Call(node, program, signature)
+    call = Call(node, program, signature)
+    return rule.variant(call), call
 
 
 def rule_of(node: fx.Node, modules: Mapping[str, torch.nn.Module]) -> OpRule:

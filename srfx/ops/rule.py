@@ -51,6 +51,10 @@ class OpRule:
     shrinks_axes: bool = False
     """Whether axes of the result are shorter than the operand's, by an amount that the call fixes: a window."""
 
+    def variant(self, call: Call) -> OpRule:
+        """The rule of this very call, where one target stands for several ops."""
+        return self
+
     def is_unrecognised(self, call: Call) -> bool:
         """Whether the arguments of this call are in a form that the rule cannot read: then it is a barrier."""
         return False

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ir.plan import Reason
-from tests.helpers import check, kill, masked, randomized
+from srfx.minimize import minimize
+from tests.helpers import check, kill, masked, randomized, relative_error
 
 X = torch.randn(2, 3, 6, 7)
 OTHER = (torch.randn(3, 3, 9, 8),)
@@ -277,3 +278,20 @@ def test_a_grouped_weight_shared_by_sites_that_group_it_alike() -> None:
     for layer in (model.a, model.b):
         kill(layer, [1, 6], bias=True)
     check(model, (X,), others=[OTHER], kept={"b.weight": (6, 3, 3, 3), "a.weight": (6, 3, 1, 1)})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_decomposed(groups: int) -> None:
+    """Both kinds are one op then, aten.convolution, with an argument that tells them apart."""
+    model = chain(
+        nn.ConvTranspose2d(3, 8, 2, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 2, groups=groups),
+        nn.Conv2d(6, 4, 1),
+    ).double()
+    kill(model[0], [1, 5], bias=True)
+    exported = torch.export.export(model, (X.double(),)).run_decompositions().module()
+    small = minimize(exported)
+    assert relative_error(model(X.double()), small(X.double())) < 1e-12
+    assert tuple(small.get_parameter("0.weight").shape) == (3, 6, 2, 2)
+    assert tuple(small.get_parameter("2.weight").shape) == (6, 6 // groups, 2, 2)
