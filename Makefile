@@ -3,6 +3,7 @@
 #   make demo-cycle  prune, minimize and train one of them in cycles, with a picture
 #   make test        the tests that are quick                        (under 10 minutes on two cores)
 #   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
+#   make fuzz        20,000 models drawn at random, resumable; ARGS="--seed 7 --count 1000"
 #   make check       lint, types, test, wheel
 #   make docs        the site, under out/site
 # Another torch:     make test TORCH="torch==2.6.0"        Another Python: make test PYTHON=python3.12
@@ -20,7 +21,7 @@ ARGS ?=
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cycle test test-all coverage check lint format types wheel bench docs clean
+.PHONY: help demo demo-cycle test test-all fuzz coverage check lint format types wheel bench docs clean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -33,6 +34,9 @@ demo-cycle: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+
+fuzz: $(VENV)/test.stamp
+	$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
 test-all: $(ZOO)/zoo.stamp
 	$(ZOO)/bin/python -m pytest -n $(JOBS) -m "" $(ARGS)

@@ -83,9 +83,11 @@ def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
     fold = [_cut(facts, edit, fields) for s in computed for edit in s.rule.fold(s.call, facts)]
     written = {path: edit for edit in fold if isinstance(edit, SetTensor) for path in edit.paths}
     compact = _compact_tensors(facts, fields, written)
+    # sizes are read of values that are not computed any more; what else is not computed may have lost everything
+    counted = [s for s in sites if s.node in present or not isinstance(s.call.output, Tensor)]
     arguments = [
         e
-        for s in sites
+        for s in counted
         for e in s.rule.compact(s.call, facts)
         if s.node in present or isinstance(e, FreezeSize)
     ]

@@ -440,5 +440,59 @@ def test_a_wrong_interface_is_our_bug(monkeypatch: pytest.MonkeyPatch) -> None:
         srfx.minimize(model, INPUTS)
 
 
+class Unread(nn.Module):
+    """A norm and a split of channels that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        self.norm(y)
+        y.unflatten(1, (3, 2)).unbind(2)
+        z: Tensor = self.b(y)
+        return z
+
+
+class Settled(nn.Module):
+    """A layer with two sites: at one it sees constants, and what comes out is split into heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.still, self.heads, self.b = (
+            nn.Linear(4, 6),
+            *(nn.Linear(6, 6) for _ in "sh"),
+            nn.Linear(6, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        z = self.heads(self.still(y)).view(-1, 3, 2)[:, 0]
+        w: Tensor = self.b(self.heads(y)) + z
+        return w
+
+
+def test_what_nobody_reads_holds_nothing() -> None:
+    """Found by fuzzing: the norm was rewritten for no channel and raised; the split kept channels in pairs."""
+    model = randomized(Unread())
+    kill(model.a, rows=[0, 3, 4], bias=True)
+    found = check(model, (torch.randn(3, 4),), kept={"a.weight": (3, 4), "b.weight": (2, 3)})
+    for outcome in found.values():
+        assert not any("norm" in n.name or "unflatten" in n.name for n in outcome.small.graph.nodes)
+
+
+def test_what_became_a_constant_holds_nothing() -> None:
+    """Found by fuzzing: heads of a value that is a stored constant now kept channels in pairs."""
+    model = randomized(Settled())
+    kill(model.still, rows=range(6))
+    kill(model.heads, rows=[0])
+    found = check(
+        model, (torch.randn(3, 4),), kept={"heads.weight": (5, 6), "b.weight": (2, 5), "still.weight": ()}
+    )
+    for outcome in found.values():
+        assert not any("view" in n.name for n in outcome.small.graph.nodes)
+
+
 def test_the_whole_promise() -> None:
     check(network(), INPUTS, others=[(torch.randn(1, 3, 11, 7),)])

@@ -1,0 +1,148 @@
+"""What has to hold of the minimized form of any model; each property is a function that raises AssertionError."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from srfx.minimize import minimize
+
+RTOL = 1e-9
+ROUTES = ("symbolic", "export", "decomposed")
+
+Inputs = Callable[[int], tuple[Any, ...]]
+
+
+class Skip(Exception):
+    """The example says nothing: the model itself is not finite, or cannot be traced this way."""
+
+
+@dataclass
+class Case:
+    """A model, its inputs by batch size, and what was found of it so far."""
+
+    model: nn.Module
+    inputs: Inputs
+    route: str = "symbolic"
+    traced: fx.GraphModule = field(init=False)
+    small: fx.GraphModule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traced = trace(self.model, self.inputs(2), self.route)
+        self.small = minimize(self.traced, self.inputs(2))
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...], route: str) -> fx.GraphModule:
+    """Trace a model; the exported forms have a dynamic batch.
+
+    Raises:
+        Skip: torch cannot export it.
+    """
+    if route == "symbolic":
+        try:
+            return fx.symbolic_trace(model)
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise Skip(f"no trace: {error}") from error
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+            if route == "decomposed":
+                program = program.run_decompositions()
+            traced = program.module()
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        torch._dynamo.exc.TorchDynamoException,
+    ) as error:
+        raise Skip(f"no export: {error}") from error
+    assert isinstance(traced, fx.GraphModule)
+    return traced
+
+
+def run(model: nn.Module, given: tuple[Any, ...]) -> list[Any]:
+    """Leaves of the output of a copy of the model (a norm in training mode changes its statistics)."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return pytree.tree_leaves(copy.deepcopy(model)(*copy.deepcopy(given)))
+
+
+def same_function(case: Case) -> None:
+    """Structure, dtypes and values agree, to 1e-9 of the largest entry, at two batch sizes."""
+    sizes = (2, 3)
+    for n in sizes:
+        given = case.inputs(n)
+        wanted = run(case.model, given)
+        if not all(_is_finite(t) for t in wanted):
+            raise Skip("the model is not finite")
+        _compare(wanted, run(case.small, given), f"batch of {n}")
+
+
+def _compare(wanted: Sequence[Any], found: Sequence[Any], what: str) -> None:
+    assert len(wanted) == len(found), f"{what}: {len(wanted)} outputs, then {len(found)}"
+    for i, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        if not isinstance(a, Tensor):
+            assert a == b, f"{what}, output {i}: {a}, then {b}"
+            continue
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), (
+            f"{what}, output {i}: {a.shape} {a.dtype}, then {b.shape} {b.dtype}"
+        )
+        error = difference(a, b)
+        assert error <= RTOL, f"{what}, output {i}: relative error {error:.1e}"
+
+
+def difference(wanted: Tensor, found: Tensor) -> float:
+    """Largest difference relative to the largest entry, or to 1e-3 if all are smaller; inf for other integers."""
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return 0.0 if torch.equal(wanted, found) else float("inf")
+    if wanted.numel() == 0:
+        return 0.0
+    if not bool(found.isfinite().all()):
+        return float("inf")
+    return float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-3))
+
+
+def _is_finite(t: Any) -> bool:
+    return not isinstance(t, Tensor) or bool(t.isfinite().all())
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def never_more(case: Case) -> None:
+    """The result has no more parameters than the model."""
+    assert count(case.small) <= count(case.model), f"{count(case.model)} parameters, then {count(case.small)}"
+
+
+def idempotent(case: Case) -> None:
+    """Minimized again it has the same parameters.
+
+    Of an output that is one constant only a shape is left to compute, by what is left of its layers; a second run
+    may find less of them to be enough.  Such models are no examples.
+    """
+    one, two = run(case.model, case.inputs(2)), run(case.model, case.inputs(3))
+    for a, b in zip(one, two, strict=True):
+        if (
+            isinstance(a, Tensor)
+            and a.dim()
+            and torch.equal(a[:1], a[1:2])
+            and difference(a[:1], b[:1]) < 1e-6
+        ):
+            raise Skip("an output is constant")
+    again = minimize(case.small, case.inputs(2))
+    assert shapes(again) == shapes(case.small), f"{shapes(case.small)}, then {shapes(again)}"
+
+
+def shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the parameters, in order."""
+    return sorted(tuple(p.shape) for p in model.parameters())
