@@ -63,9 +63,8 @@ def generate(choose: Choices) -> Program:
     result = _outputs(b)
     masks = _masks(b)
     is_training = choose.flag(0.05) and not any("Dropout" in line or "Encoder" in line for line in b.init)
-    return Program(
-        tuple(choose.made), _source(b, signature, making, result, masks, is_training, choose.below(4))
-    )
+    source = _source(b, signature, making, result, masks, is_training, choose.below(4))
+    return Program(tuple(choose.made), source)
 
 
 def replay(choices: Sequence[int]) -> Program:
