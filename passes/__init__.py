@@ -7,6 +7,7 @@ from srfx.passes import (  # noqa: F401
     bake_masks,
     compact_channels,
     decompose_attention,
+    decompose_recurrent,
     drop_noops,
     fold_parameter_math,
     functionalize,

@@ -63,6 +63,7 @@ class CompactChannels(Pass):
         self.facts, self._editor = facts, GraphEditor(gm)
         with torch.no_grad():
             edits = plan_edits(facts, sites)
+        facts.cache.clear()
         return Plan(list(edits), facts.refusals)
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:

@@ -40,6 +40,7 @@ from srfx.verify import verify as run_verification
 CANONICALISE = (
     "bake-masks",
     "decompose-attention",
+    "decompose-recurrent",
     "functionalize",
     "fold-parameter-math",
     "drop-noops",

@@ -258,6 +258,33 @@ class ReorderOperand(GraphEdit):
 
 
 @dataclass(frozen=True)
+class SelectOperands(GraphEdit):
+    """Tensors of argument ``name`` (one, or a tuple of them) are read at an index along an axis; None leaves one."""
+
+    name: str
+    selections: tuple[tuple[int, Tensor] | None, ...]
+    signature: tuple[str, ...]
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        raw: Any = (
+            node.kwargs[self.name] if self.name in node.kwargs else node.args[self.signature.index(self.name)]
+        )
+        is_one = isinstance(raw, fx.Node)
+        parts: list[Any] = [raw] if is_one else list(raw)
+        for i, selection in enumerate(self.selections):
+            if selection is None:
+                continue
+            path = f"{self.node}_{self.name}_{i}"
+            set_attr(editor.gm, path, selection[1])
+            index = editor.attribute_node(path, node)
+            with graph.inserting_before(node):
+                parts[i] = graph.call_function(torch.index_select, (parts[i], selection[0], index))
+        value = parts[0] if is_one else tuple(parts) if isinstance(raw, tuple) else parts
+        write_argument(node, self.signature, self.name, value)
+
+
+@dataclass(frozen=True)
 class RestoreOutput(GraphEdit):
     """An output regains its removed channels: gather the kept ones, put constants elsewhere.
 

@@ -42,9 +42,8 @@ class Contraction(ContractionFacts):
         weight, shift = w.tensor.detach(), torch.zeros(rows.shape, dtype=torch.float64)
         carried = self.has_border(call) and bool((absorbed != 0).any())
         if carried or bool((reads & ~used.to(torch.uint8) & 1).amax() > 0) or bool(gone.any()):
-            new = (
-                weight * self.unmatrix(call, used.to(weight), weight)
-            ).contiguous()  # `matrix` has to be a view
+            mask = self.unmatrix(call, used.to(weight.device), weight)
+            new = torch.where(mask, weight, 0).contiguous()  # `matrix` has to be a view
             if carried:
                 new = new + self._carry(call, facts, weight, absorbed[0], value[0], rows[0])
             if bool(gone.any()):
@@ -52,6 +51,7 @@ class Contraction(ContractionFacts):
             edits.append(SetTensor(call.node.name, "weight", tuple(w.names), new))
         if not self.has_border(call):
             shift = shift + self._fold_value(call, absorbed)
+        facts.cache.pop(self._reads_key(call), None)  # a byte for each weight, not needed any more
         return edits + self._fold_bias(call, shift, rows)
 
     def _take_statistics(

@@ -25,6 +25,9 @@ from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.rule import OpRule, PortSite
 
+AT_ONCE = 1 << 21
+"""Entries of a weight that are folded at a time in float64."""
+
 
 class ContractionFacts(OpRule):
     """What a contraction reads and makes constant."""
@@ -176,12 +179,17 @@ class ContractionFacts(OpRule):
         """Which rows read which columns, [G, R, C] uint8."""
         w = self.w(call)
         assert isinstance(w, Param)
-        key = (id(w.tensor), self.groups(call), self.row_axis(call))
+        key = self._reads_key(call)
         if key not in facts.cache:
             m = self.matrix(call, w.tensor.detach())
             size = m.abs().sum(-1) if m.shape[-1] > 1 else m[..., 0]
             facts.cache[key] = (size != 0).to(torch.uint8).cpu()
         return facts.cache[key]
+
+    def _reads_key(self, call: Call) -> tuple[int, int, int]:
+        w = self.w(call)
+        assert isinstance(w, Param)
+        return id(w.tensor), self.groups(call), self.row_axis(call)
 
     def _by_group(self, call: Call, t: Tensor) -> Tensor:
         """A layout tensor of the operand as [outer.., G, C]: channels last, split by group."""
@@ -232,8 +240,13 @@ class ContractionFacts(OpRule):
         if not bool(used.any()):
             return torch.zeros(*value.shape[:-1], m.shape[1], dtype=torch.float64)
         columns = used.nonzero().flatten()
-        part = m.index_select(2, columns.to(m.device)).double().sum(-1).cpu()
-        return (part * value.index_select(-1, columns).unsqueeze(-2)).sum(-1)
+        k, at = value.index_select(-1, columns).unsqueeze(-1), columns.to(m.device)  # [outer.., G, C, 1]
+        n_rows = max(1, AT_ONCE // max(1, m[:, 0].numel()))
+        sums = []
+        for rows in m.split(n_rows, 1):  # in float64 a whole weight would be larger than the model's
+            part = rows.index_select(2, at).double().sum(-1).cpu()
+            sums.append((part @ k).squeeze(-1))
+        return torch.cat(sums, -1)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if self.refused(call) is not None or not isinstance(live, Tensor):

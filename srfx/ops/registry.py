@@ -78,6 +78,11 @@ def has_rule(target: Any) -> bool:
     return target in _RULES
 
 
+def rule_of(target: Any) -> OpRule | None:
+    """The rule registered for this target, if there is one."""
+    return _RULES.get(target, (None, ()))[0]
+
+
 def known_targets() -> list[Any]:
     """All registered targets, in the order of registration."""
     return list(_RULES)
