@@ -4,6 +4,7 @@
 #   make test        the tests that are quick                        (under 10 minutes on two cores)
 #   make test-all    those, and the slow ones: torchvision and timm  (.venv-zoo, several GB)
 #   make fuzz        20,000 models drawn at random, resumable; ARGS="--seed 7 --count 1000"
+#   make mutants     breaks one line at a time and shows that the tests notice  (an hour)
 #   make check       lint, types, test, wheel
 #   make docs        the site, under out/site
 # Another torch:     make test TORCH="torch==2.6.0"        Another Python: make test PYTHON=python3.12
@@ -40,6 +41,9 @@ fuzz: $(VENV)/test.stamp
 
 test-all: $(ZOO)/zoo.stamp
 	$(ZOO)/bin/python -m pytest -n $(JOBS) -m "" $(ARGS)
+
+mutants: $(VENV)/test.stamp
+	$(VENV)/bin/python -m benchmarks.mutants $(ARGS)
 
 coverage: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n $(JOBS) --cov $(ARGS)

@@ -24,7 +24,7 @@ from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.ops.recurrent import Recurrent, RecurrentCell
-from srfx.ops.registry import resolve, rule_of
+from srfx.ops.registry import registered, resolve
 from srfx.ops.shape import Creation
 from srfx.passes._tuples import hand_over, spell_out, whole_readers
 from srfx.passes.base import Pass, register_pass
@@ -128,7 +128,7 @@ def _may_have_some(gm: fx.GraphModule) -> bool:
 
 
 def _is_recurrent_function(target: Any) -> bool:
-    return isinstance(rule_of(target), Recurrent)
+    return isinstance(registered(target), Recurrent)
 
 
 def _refused(program: Program, node: fx.Node) -> Reason | None:

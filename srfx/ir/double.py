@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from srfx.ir.clone import clone_structure
 from srfx.ir.exported import strip_export
+from srfx.ir.surroundings import ONE_AT_A_TIME
 
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -64,12 +65,13 @@ def _raised(dtype: torch.dtype) -> torch.dtype:
 @contextlib.contextmanager
 def float64_default() -> Iterator[None]:
     """Factories that are told no dtype give float64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
+    with ONE_AT_A_TIME:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 @contextlib.contextmanager

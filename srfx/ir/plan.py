@@ -25,7 +25,6 @@ class Reason(StrEnum):
     MULTIPLE_OF = "revived: the count must be a multiple"
     LAST_CHANNEL = "revived: a tensor that is still needed keeps one channel"
     OUTPUT_LAYOUT = "the output's channels spread over several axes"
-    GRAPH_INPUT = "the interface does not change"
     GROWS = "folding would make the model larger"
     CONSTANT_TABLE = "a constant table stays whole, its readers pick from it"
     MUTATION = "an in-place write that is read under another name"
@@ -33,7 +32,6 @@ class Reason(StrEnum):
     OTHER_READERS = "the fused value is also read as a whole"
     COMPUTED_WEIGHT = "the weight is computed in the graph"
     UNRECOGNISED_CALL = "the arguments of the call are not known when the graph is read"
-    USER_REQUEST = "pinned by the caller"
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever changes what torch keeps for the whole process."""
+
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """No inference mode (its tensors could never train), no autocast, the default float dtype float32."""
-    dtype = torch.get_default_dtype()
+    """No inference mode (its tensors could never train), no autocast, the default float dtype float32.
+
+    One thread at a time: torch keeps the default dtype for the whole process, and torch.fx replaces
+    ``nn.Module.__call__`` while it traces, under the feet of every other thread.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ONE_AT_A_TIME)
+        dtype = torch.get_default_dtype()
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", torch.accelerator.current_accelerator()):
             name = device if isinstance(device, str) or device is None else device.type

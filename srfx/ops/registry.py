@@ -78,7 +78,7 @@ def has_rule(target: Any) -> bool:
     return target in _RULES
 
 
-def rule_of(target: Any) -> OpRule | None:
+def registered(target: Any) -> OpRule | None:
     """The rule registered for this target, if there is one."""
     return _RULES.get(target, (None, ()))[0]
 

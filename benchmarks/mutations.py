@@ -1,0 +1,127 @@
+"""Ways to break the rewrite, one line each, with the tests that have to notice (see `mutants.py`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """In ``path``, the one occurrence of ``old`` becomes ``new``; ``tests`` are tried in this order."""
+
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+OPS = "tests/srfx/ops/test_"
+CONTRACTION = (OPS + "contraction.py", "tests/test_holes.py", "tests/srfx/test_minimize.py")
+NORM = (OPS + "norm.py", "tests/property/test_norm_stacks.py")
+ELEMENTWISE = (OPS + "elementwise.py", "tests/test_holes.py")
+ATTENTION = (OPS + "attention.py", "tests/test_holes.py")
+RECURRENT = (OPS + "recurrent.py",)
+LATTICE = (
+    "tests/property/test_lattice_laws.py",
+    OPS + "attention.py",
+    OPS + "movement.py",
+    "tests/test_holes.py",
+)
+SPATIAL = (OPS + "spatial.py", "tests/test_holes.py")
+GENERAL = ("tests/srfx/test_minimize.py", "tests/test_holes.py", OPS + "contraction.py")
+
+MUTATIONS = (
+    # contractions
+    Mutation("srfx/ops/contraction.py", "            shift = shift + self._fold_value(call, absorbed)\n",
+             "            pass\n", CONTRACTION),
+    Mutation("srfx/ops/contraction.py", "old.double().cpu() + shift.flatten()", "old.double().cpu() - shift.flatten()",
+             CONTRACTION),
+    Mutation("srfx/ops/contraction.py", "ratio = (absorbed[columns] / value[carrier])",
+             "ratio = (value[carrier] / absorbed[columns])", CONTRACTION),
+    Mutation("srfx/ops/contraction.py", "new = new + self._carry(", "new = new - self._carry(", CONTRACTION),
+    Mutation("srfx/ops/contraction.py", "rows.unsqueeze(2) & wanted.unsqueeze(1)", "rows.unsqueeze(2) | wanted.unsqueeze(1)",
+             CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "disturbing = varies | (value != 0) if self.has_border(call) else varies",
+             "disturbing = varies", CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "        wanted = read & varies\n", "        wanted = varies\n", CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "return read & (varies | (value != 0) | kept)", "return read & varies",
+             CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "if isinstance(value, Param) and value.n_sites > 1:", "if False:", CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "m.abs().sum(-1) if m.shape[-1] > 1", "m.sum(-1) if m.shape[-1] > 1",
+             CONTRACTION),
+    Mutation("srfx/ops/contraction_facts.py", "if not call.program.is_finite(value):", "if False:", CONTRACTION),
+    # elementwise
+    Mutation("srfx/ops/elementwise.py", "return live | facts.kept_channels(call.node)", "return live", ELEMENTWISE),
+    Mutation("srfx/ops/elementwise.py", "return live & (zero[first] | ~zero[second])", "return live & ~zero[second]",
+             ELEMENTWISE),
+    Mutation("srfx/ops/elementwise.py", "if bool((value == 1).all()) else None", "if bool((value >= 0).all()) else None",
+             ELEMENTWISE),
+    Mutation("srfx/ops/elementwise.py", "(self.subtracts and call[\"input\"] is operand)", "False", ELEMENTWISE),
+    Mutation("srfx/ops/elementwise.py", "if bool((facts.constancy(value).varies.cpu() & wanted).any()):",
+             "if bool(facts.constancy(value).varies.cpu().all()):", ELEMENTWISE),
+    # reductions, spatial ops, lookups
+    Mutation("srfx/ops/reduction.py", "scale = facts.count(fields, axis) / shape[axis] if self.divides else 1.0", "scale = 1.0",
+             (OPS + "contraction.py", *GENERAL)),
+    Mutation("srfx/ops/reduction.py", "return live & (~absorbed.cpu() | facts.kept_channels(source))",
+             "return live & ~absorbed.cpu()", ("tests/test_holes.py", *GENERAL, OPS + "norm.py")),
+    Mutation("srfx/ops/reduction.py", "gone = ~facts.is_kept(fields[axis]) & ~c.varies", "gone = ~c.varies",
+             ("tests/test_holes.py", *GENERAL, OPS + "norm.py")),
+    Mutation("srfx/ops/reduction.py", "labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])", "pass",
+             (OPS + "elementwise.py", OPS + "attention.py", "tests/test_holes.py", *GENERAL)),
+    Mutation("srfx/ops/spatial.py", "return _zero(call.get(\"padding\", 0)) or not call.get(\"count_include_pad\", True)",
+             "return True", SPATIAL),
+    Mutation("srfx/ops/spatial.py", "        labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, spatial)\n", "", SPATIAL),
+    Mutation("srfx/ops/embedding.py", "uniform = (rows == rows[:1]).all(0).cpu()", "uniform = (rows == rows[:1]).any(0).cpu()",
+             (OPS + "embedding.py",)),
+    Mutation("srfx/ops/embedding.py", "        labels.pin(weight, site, Reason.DATA_DEPENDENT, [0])\n", "", (OPS + "embedding.py",)),
+    # norms
+    Mutation("srfx/ops/norm_facts.py", "wanted = wanted | truly | (rows & ~self._absorbable(call, facts, c, axis))",
+             "wanted = wanted | truly", NORM),
+    Mutation("srfx/ops/norm_facts.py", "nonlinear_reader(call.node, axis, labels.program) is None\n", "True\n", NORM),
+    Mutation("srfx/ops/norm_facts.py", "            labels.table.imply(kept, own)\n", "            pass\n", NORM),
+    Mutation("srfx/ops/norm_facts.py", "mask = ~varies & (gamma != 0)", "mask = ~varies", NORM),
+    Mutation("srfx/ops/norm_facts.py", "facts.ranks[own[at]] = 1 + EMITS.index(name)", "facts.ranks[own[at]] = 0", NORM),
+    Mutation("srfx/ops/norm.py", "value[~row], repeat", "value[row], repeat", NORM),
+    Mutation("srfx/ops/contraction.py", "columns[2].sum(-1).unsqueeze(0) if to_bias", "columns[1].sum(-1).unsqueeze(0) if to_bias",
+             NORM),
+    Mutation("srfx/ops/rms_norm.py", "squares = self._squares(call) + removed.sum_squares", "squares = self._squares(call)", NORM),
+    Mutation("srfx/ops/group_norm.py", "still = ~moving[groups].view(value.shape)", "still = ~moving.all()", NORM),
+    # attention
+    Mutation("srfx/ops/attention.py", "needed = head & ~idle_q & ~idle_k", "needed = head & ~idle_q & idle_k", ATTENTION),
+    Mutation("srfx/ops/attention.py", "needed | head & kept_k & idle_k", "needed", ATTENTION),
+    Mutation("srfx/ops/attention.py", "certain = self.sees_a_key(call) and not call.get(\"dropout_p\", 0.0)", "certain = True",
+             ATTENTION),
+    Mutation("srfx/ops/attention.py", "return [set_argument(call, \"scale\", 1.0 / math.sqrt(shape[-1]))]", "return []", ATTENTION),
+    Mutation("srfx/ops/attention.py", "if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):", "if True:",
+             ATTENTION),
+    # recurrent layers
+    Mutation("srfx/ops/gates.py", "moving = ~rest_h | (upset", "moving = (upset", RECURRENT),
+    Mutation("srfx/ops/gates.py", "        steady_u, disturbed = steady_u & ~hit, disturbed | hit\n", "        pass\n", RECURRENT),
+    Mutation("srfx/ops/gates.py", "        needed[0, known.apart] = False\n", "        needed[1, known.apart] = False\n", RECURRENT),
+    Mutation("srfx/ops/gates.py", "            rows[3] = needed[3] & outs\n", "            rows[3] = False\n", RECURRENT),
+    Mutation("srfx/ops/gates.py", "if kind.name == \"gru\" else kind.activation(total) != 0",
+             "if False else kind.activation(total) != 0",
+             RECURRENT),
+    Mutation("srfx/ops/recurrent.py", "                edits += self._new_bias(call, o, side, shift, rows)\n", "                pass\n",
+             RECURRENT),
+    Mutation("srfx/ops/recurrent.py", "                reads_h = reads_h | found.states  # h' = (1 - z) n + z h\n",
+             "                pass\n", RECURRENT),
+    Mutation("srfx/ops/recurrent.py", "missing = n_states + 1 - int(units.sum())", "missing = 0", RECURRENT),
+    Mutation("passes/decompose_recurrent.py", "            out = self._function(torch.flip, out, [self.time_axis])\n",
+             "            pass\n", ("tests/passes/test_decompose_recurrent.py",)),
+    # lattices and the solver
+    Mutation("srfx/lattice/constancy.py", "        varies = self.varies | other.varies | (self.value != other.value)\n",
+             "        varies = self.varies | other.varies\n", LATTICE),
+    Mutation("srfx/lattice/constancy.py", "                varies = varies | (value != first).any(axis, keepdim=True)\n",
+             "                pass\n", (*LATTICE, *GENERAL)),
+    Mutation("srfx/lattice/classes.py", "            for block in self.blocks:\n", "            for block in ():\n", LATTICE),
+    Mutation("srfx/lattice/classes.py", "        kept = seed | self.pinned\n", "        kept = seed.clone()\n", (*LATTICE, *GENERAL)),
+    Mutation("srfx/analysis/solver.py", "        seed = live_labels(facts) | facts.kept\n", "        seed = live_labels(facts)\n",
+             (*GENERAL, *NORM)),
+    Mutation("srfx/analysis/liveness.py", "wanted = c.varies.cpu() | facts.kept_channels(node) | restored(facts, node)",
+             "wanted = c.varies.cpu() & False", GENERAL),
+    # passes
+    Mutation("passes/compact_channels.py", "        *_restore(facts),\n", "", GENERAL),
+    Mutation("passes/compact_channels.py", "        *frozen,\n", "", (OPS + "movement.py", *GENERAL)),
+    Mutation("passes/decompose_attention.py", "causal = is_set(\"is_causal\") and not is_set(\"need_weights\")", "causal = False",
+             ("tests/passes/test_decompose_attention.py",)),
+)  # fmt: skip
