@@ -22,7 +22,7 @@ ARGS ?=
 SETUP := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cycle test test-all fuzz coverage check lint format types wheel bench docs clean
+.PHONY: help demo demo-cycle test test-all fuzz mutants coverage check lint format types wheel bench docs clean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
