@@ -17,6 +17,7 @@ from srfx.ops.norm import LayerNorm
 from srfx.ops.registry import resolve
 from srfx.ops.rule import OpRule
 from srfx.ops.selection import IndexSelect, Narrow, Select
+from srfx.ops.shuffle import ChannelShuffle
 from srfx.ops.spatial import PerChannel
 from srfx.ops.splitting import Splitting
 from srfx.ops.views import Expand, Reshaping, View
@@ -94,7 +95,9 @@ def _through(program: Program, rule: Movement, call: Call, axis: int) -> list[tu
         return []
     if isinstance(rule, View) and _is_literal(call, axis):
         return None
-    if isinstance(rule, (Expand, IndexSelect)) and len(program.shape(source)) == len(call.out_shape):
+    if isinstance(rule, (Expand, IndexSelect, ChannelShuffle)) and len(program.shape(source)) == len(
+        call.out_shape
+    ):
         return [(source, axis)] if program.shape(source)[axis] == call.out_shape[axis] else []
     if isinstance(rule, GetItem):
         parsed = Indexing.parse(call, call.shape(source))

@@ -66,15 +66,18 @@ class RaiseChannelShuffle(Pass):
         self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        """Every shuffle, in graph order."""
+        """Every shuffle, in graph order; one that reads another of the same plan waits for the next round."""
         hints = self.hints if self.hints is not None else hint_inputs(gm)
         program, barred, plan = Program(gm, propagate(gm, hints)), mutation_barriers(gm), Plan()
         taken: set[fx.Node] = set()
+        replaced: set[fx.Node] = set()
         for node in gm.graph.nodes:
             if node in taken or not isinstance(_step(node, program), Regroup):
                 continue
             chain, order = _shuffle(node, program)
             if order is None or not holds_channels(program, chain[0].all_input_nodes[0], 1):
+                continue
+            if chain[0].all_input_nodes[0] in replaced:
                 continue
             taken.update(chain)
             groups = _groups(order)
@@ -83,6 +86,7 @@ class RaiseChannelShuffle(Pass):
             elif not barred.isdisjoint(chain):
                 plan.refusals.append(Refusal(chain[-1].name, Reason.MUTATION))
             else:
+                replaced.add(chain[-1])
                 plan.edits.append(RaiseShuffle(chain[-1].name, chain[0].all_input_nodes[0].name, groups))
         return plan
 

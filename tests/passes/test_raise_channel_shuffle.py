@@ -120,3 +120,10 @@ def test_indexing_by_a_computed_tensor_is_no_step() -> None:
     for traced in (fx.symbolic_trace(model), torch.export.export(model, (x,), strict=False).module()):
         gm = capture(traced, (x,)).graph_module
         assert not get_pass("raise-channel-shuffle", hints=[x])(gm).modified
+
+
+def test_two_shuffles_in_a_row() -> None:
+    """The second reads what replaces the first: it waits for the next round."""
+    model = model_of(lambda x: view_shuffle(view_shuffle(x)))
+    kill(model.front, [1, 4], bias=True)
+    check(model, (X,), others=[OTHER], kept={"front.weight": (6, 3, 1, 1), "back.weight": (4, 6, 1, 1)})
