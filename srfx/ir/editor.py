@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class GraphEditor:
         self.gm = gm
         self.nodes: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes}
         self._sizes: dict[tuple[Any, ...], fx.Node] = {}
+        self._calls: Counter[torch.nn.Module] | None = None  # how many nodes call a module
         self.selections: dict[tuple[Any, ...], fx.Node] = {}  # made so far, by what they select
 
     def build(self, expr: Expr, before: fx.Node) -> Any:
@@ -99,13 +101,17 @@ class GraphEditor:
         Sites of a module with tensors keep the same channels, those of a module without may differ.
         """
         module = self.gm.get_submodule(str(node.target))
-        calls = [n for n in self.gm.graph.nodes if n.op == "call_module"]
-        sharing = [n for n in calls if n is not node and self.gm.get_submodule(str(n.target)) is module]
-        if sharing and not [*module.parameters(), *module.buffers()]:
-            path = free_path(self.gm, f"{node.name}_own")
-            set_attr(self.gm, path, copy.copy(module))
-            node.target = path
-        return self.gm.get_submodule(str(node.target))
+        if next(module.parameters(), None) is None and next(module.buffers(), None) is None:
+            if self._calls is None:
+                calls = self.gm.graph.find_nodes(op="call_module")
+                self._calls = Counter(self.gm.get_submodule(str(n.target)) for n in calls)
+            if self._calls[module] > 1:
+                self._calls[module] -= 1
+                module = copy.copy(module)
+                node.target = free_path(self.gm, f"{node.name}_own")
+                set_attr(self.gm, node.target, module)
+                self._calls[module] = 1
+        return module
 
     def attribute_node(self, path: str, before: fx.Node) -> fx.Node:
         """A get_attr node of ``path`` that stands before ``before``."""
