@@ -67,3 +67,14 @@ def count(model: nn.Module) -> tuple[int, int]:
     """Parameters and exact zeros among them."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(int((p == 0).sum()) for p in parameters)
+
+
+def fruitless_cycles(history: Sequence[PhaseRecord]) -> int:
+    """Cycles since the last one that gave a smaller accepted model."""
+    smallest, n = history[0].n_parameters, 0
+    for record in history[1:]:
+        if record.phase == "minimize":
+            n += 1
+            if record.accepted and record.n_parameters < smallest:
+                smallest, n = record.n_parameters, 0
+    return n

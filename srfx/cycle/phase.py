@@ -9,6 +9,7 @@ a GradScaler, a closure.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,3 +127,39 @@ class Phase:
             self.n_steps += 1
             if self.on_step is not None:
                 self.on_step()
+
+
+Train = Callable[..., object]
+"""``train(model)`` or ``train(model, phase)``: trains in place; see `Phase`.  The phase is handed over
+when there is a parameter of that name, or a second one without a default."""
+
+
+def call_train(train: Train, phase: Phase) -> None:
+    """Call the user's training function, with the phase if it takes one."""
+    if not _takes_phase(train):
+        train(phase.model)
+    elif "phase" in inspect.signature(train).parameters:
+        train(phase.model, phase=phase)
+    else:
+        train(phase.model, phase)
+
+
+def _takes_phase(train: Train) -> bool:
+    """Whether the training function has a parameter named ``phase``, or a second one without a default."""
+    try:
+        found = list(inspect.signature(train).parameters.values())
+    except ValueError:  # a builtin without a signature
+        return False
+    second = found[1] if len(found) > 1 else None
+    is_second = (
+        second is not None
+        and second.default is second.empty
+        and second.kind in (second.POSITIONAL_ONLY, second.POSITIONAL_OR_KEYWORD)
+    )
+    return is_second or any(p.name == "phase" for p in found)
+
+
+def set_mode(model: nn.Module, *, is_training: bool) -> None:
+    """Training or eval mode; set by hand, since exported graphs refuse `train` and `eval`."""
+    for module in model.modules():
+        module.training = is_training

@@ -14,8 +14,6 @@ generators; which phase comes next follows from the history alone.  So a run can
 from __future__ import annotations
 
 import copy
-import inspect
-import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -28,9 +26,9 @@ from torch.optim import Optimizer
 
 from srfx.cycle import agree
 from srfx.cycle.checkpoint import Checkpoint, Snapshot
-from srfx.cycle.history import PhaseRecord, count, smallest_accepted
+from srfx.cycle.history import PhaseRecord, count, fruitless_cycles, smallest_accepted
 from srfx.cycle.penalty import GroupPenalty, L1Penalty
-from srfx.cycle.phase import Penalty, Phase
+from srfx.cycle.phase import Penalty, Phase, Train, call_train, set_mode
 from srfx.cycle.progress import CycleProgress
 from srfx.cycle.pruners import Pruner, prune_weights, zero_masks
 from srfx.cycle.release import release
@@ -40,6 +38,7 @@ from srfx.cycle.state import (
     load_state,
     random_states,
     rebind,
+    seed_all,
     set_random_states,
     state_of,
 )
@@ -48,10 +47,6 @@ from srfx.ir.clone import clone_structure
 from srfx.minimize import minimize
 from srfx.record.attach import record_of
 from srfx.record.keep_plan import KeepPlan
-
-Train = Callable[..., object]
-"""``train(model)`` or ``train(model, phase)``: trains in place; see `srfx.cycle.phase.Phase`.  The phase is handed over
-when there is a parameter of that name, or a second one without a default."""
 
 
 class SqueezeRelease:
@@ -154,7 +149,6 @@ class SqueezeRelease:
             raise CycleError(f"expected cycles >= 0 and patience >= 1, got {cycles} and {patience}")
         self._original = model.module() if isinstance(model, ExportedProgram) else model
         self._train, self._evaluate = train, evaluate
-        self._takes_phase = _takes_phase(train)
         self._args, self._kwargs = example_inputs, example_kwargs
         self.cycles, self.patience, self.tolerance, self.mode = cycles, patience, tolerance, mode
         self._pruner, self._amount, self._prunable = pruner, amount, prunable
@@ -203,7 +197,7 @@ class SqueezeRelease:
             return last.cycle, "squeeze"
         if last.phase == "squeeze":
             return last.cycle, "minimize"
-        if last.cycle >= self.cycles or self._fruitless() >= self.patience:
+        if last.cycle >= self.cycles or fruitless_cycles(self.history) >= self.patience:
             return (last.cycle, "finetune") if self._finetune else None
         if last.phase == "start":
             return 1, "train" if "train" in self._penalise and self._is_penalised(1) else "squeeze"
@@ -217,7 +211,7 @@ class SqueezeRelease:
     def _run(self, cycle: int, name: str) -> PhaseRecord:
         self._progress.phase(cycle, name)
         if name == "start" and self._seed is not None:
-            _seed_all(self._seed)
+            seed_all(self._seed)
         started, previous = time.perf_counter(), smallest_accepted(self.history, self.is_better)
         n_steps, score, plan = 0, None, None
         if name in ("start", "minimize"):
@@ -258,9 +252,9 @@ class SqueezeRelease:
         return record
 
     def _minimize(self, model: nn.Module) -> KeepPlan:
-        _set_mode(model, is_training=False)
+        set_mode(model, is_training=False)
         small = minimize(model, self._args, example_kwargs=self._kwargs, **self._options)
-        _set_mode(small, is_training=False)
+        set_mode(small, is_training=False)
         found = record_of(small)
         assert found is not None
         agree.assert_same_plan(found.plan)
@@ -273,7 +267,7 @@ class SqueezeRelease:
 
     def _squeeze(self, cycle: int) -> int:
         assert self.model is not None
-        _set_mode(self.model, is_training=False)
+        set_mode(self.model, is_training=False)
         self._masks = prune_weights(
             self.model,
             self._pruner,
@@ -292,23 +286,14 @@ class SqueezeRelease:
             if at(self._l1, cycle):
                 l1 = L1Penalty(self.model, self._args, example_kwargs=self._kwargs)
                 penalties.append((at(self._l1, cycle), l1))
-        _set_mode(self.model, is_training=True)
+        set_mode(self.model, is_training=True)
         phase = Phase(cycle, name, self.model, self._optimizer, penalties, masks, on_step=self._progress.step)
         with phase.attached():
-            if self._takes_phase:
-                self._call_with_phase(phase)
-            else:
-                self._train(self.model)
+            call_train(self._train, phase)
         for p in self.model.parameters():
             p.grad = None
-        _set_mode(self.model, is_training=False)
+        set_mode(self.model, is_training=False)
         return phase.n_steps
-
-    def _call_with_phase(self, phase: Phase) -> None:
-        if "phase" in inspect.signature(self._train).parameters:
-            self._train(phase.model, phase=phase)
-        else:
-            self._train(phase.model, phase)
 
     def _release(self, cycle: int) -> None:
         assert self.model is not None
@@ -333,7 +318,7 @@ class SqueezeRelease:
     # ------------------------------------------------------------------ scores
     def _score(self) -> float:
         assert self.model is not None
-        _set_mode(self.model, is_training=False)
+        set_mode(self.model, is_training=False)
         with torch.no_grad():
             return agree.from_rank_0(float(self._evaluate(self.model)))
 
@@ -345,16 +330,6 @@ class SqueezeRelease:
         return (
             score >= reference - self.tolerance if self.mode == "max" else score <= reference + self.tolerance
         )
-
-    def _fruitless(self) -> int:
-        """Cycles since the last one that gave a smaller accepted model."""
-        smallest, n = self.history[0].n_parameters, 0
-        for record in self.history[1:]:
-            if record.phase == "minimize":
-                n += 1
-                if record.accepted and record.n_parameters < smallest:
-                    smallest, n = record.n_parameters, 0
-        return n
 
     def _is_penalised(self, cycle: int) -> bool:
         return bool(at(self._penalty, cycle) or at(self._l1, cycle))
@@ -416,29 +391,3 @@ class SqueezeRelease:
         for name, state in self._states.items():
             load_state(state, found.states["users"][name])
         set_random_states(found.states["random"])
-
-
-def _takes_phase(train: Train) -> bool:
-    """Whether the training function has a parameter named ``phase``, or a second one without a default."""
-    try:
-        found = list(inspect.signature(train).parameters.values())
-    except ValueError:  # a builtin without a signature
-        return False
-    second = found[1] if len(found) > 1 else None
-    is_second = (
-        second is not None
-        and second.default is second.empty
-        and second.kind in (second.POSITIONAL_ONLY, second.POSITIONAL_OR_KEYWORD)
-    )
-    return is_second or any(p.name == "phase" for p in found)
-
-
-def _set_mode(model: nn.Module, *, is_training: bool) -> None:
-    """Training or eval mode; set by hand, since exported graphs refuse `train` and `eval`."""
-    for module in model.modules():
-        module.training = is_training
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)

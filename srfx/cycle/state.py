@@ -121,3 +121,9 @@ def load_state(value: Any, state: Any) -> None:
         value.set_state(state)
     else:
         value.load_state_dict(state)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python and torch."""
+    random.seed(seed)
+    torch.manual_seed(seed)
