@@ -1,0 +1,87 @@
+"""Sums and means over a channel axis absorb constants: the divisor stays the original width (Lemma R1)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from srfx.ir.plan import Reason
+from tests.helpers import check, kill, randomized
+
+X = (torch.randn(2, 3, 5, 4),)
+
+OVER_CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean(1),
+    "mean of all axes": lambda x: x.mean((1, 2, 3)),
+    "mean, kept axis": lambda x: torch.mean(x, dim=1, keepdim=True) * 2,
+    "mean from the end": lambda x: x.mean(-3),
+    "sum": lambda x: x.sum(1),
+    "sum, kept axis": lambda x: torch.sum(x, 1, keepdim=True),
+}
+
+
+class Reduces(nn.Module):
+    """Seven channels: two constants of different sizes, one that is zero, four that vary."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.reduce = nn.Conv2d(3, 7, 1), reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.conv(x)).abs()
+
+
+def network(reduce: Callable[[Tensor], Tensor]) -> Reduces:
+    model = randomized(Reduces(reduce))
+    kill(model.conv, rows=(1, 4, 6))
+    with torch.no_grad():
+        model.conv.bias[4], model.conv.bias[6] = -3.0, 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", OVER_CHANNELS)
+def test_constants_leave_a_sum_over_channels(name: str) -> None:
+    check(network(OVER_CHANNELS[name]), X, kept={"conv.weight": (4, 3, 1, 1)})
+
+
+def test_a_sum_over_channels_and_space_keeps_a_constant_of_unknown_share() -> None:
+    """Its share is the constant times the number of positions, which differs from picture to picture."""
+    others = [(torch.randn(3, 3, 6, 2),)]
+    model = network(lambda x: x.sum((1, 2, 3)))
+    check(model, X, others=others, kept={"conv.weight": (6, 3, 1, 1)})
+
+
+def test_a_mean_over_channels_and_space_does_not() -> None:
+    others = [(torch.randn(3, 3, 6, 2),)]
+    check(network(lambda x: x.mean((1, 2, 3))), X, others=others, kept={"conv.weight": (4, 3, 1, 1)})
+
+
+@pytest.mark.parametrize("name", ["softmax", "argmax", "std"])
+def test_what_does_not_absorb_keeps_its_channels(name: str) -> None:
+    ops: dict[str, Callable[[Tensor], Tensor]] = {
+        "softmax": lambda x: x.softmax(1),
+        "argmax": lambda x: x * x.argmax(1, keepdim=True),
+        "std": lambda x: x.std(1),
+    }
+    check(network(ops[name]), X, kept={"conv.weight": (7, 3, 1, 1)}, reasons={Reason.CHANNEL_MIXING})
+
+
+@given(st.integers(2, 9), st.integers(0, 8), st.booleans(), st.integers(0, 99))
+def test_any_share_of_constants(n: int, n_dead: int, divides: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    n_dead = min(n_dead, n - 1)
+    model = nn.Sequential(nn.Conv2d(3, n, 1), Total(divides), nn.Conv2d(1, 2, 1))
+    kill(randomized(model, seed)[0], rows=torch.randperm(n)[:n_dead].tolist())
+    check(model, X, routes=("symbolic",), kept={"0.weight": (n - n_dead, 3, 1, 1)})
+
+
+class Total(nn.Module):
+    def __init__(self, divides: bool) -> None:
+        super().__init__()
+        self.divides = divides
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True) if self.divides else x.sum(1, keepdim=True)
