@@ -21,7 +21,7 @@ from srfx.nn import (
     RemovedConstants,
 )
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.norm_readers import nonlinear_reader
+from srfx.ops.norm_readers import is_tied, nonlinear_reader
 from srfx.ops.rule import OpRule
 
 
@@ -225,7 +225,11 @@ class NormFacts(OpRule):
         if not bool(staying.any()) or (is_open and call.node not in facts.closed):
             return
         reader = nonlinear_reader(call.node, axis, facts.program)
-        if reader is not None:
+        if reader is not None and is_tied(reader, facts.program):
+            facts.refuse(
+                call.node, Reason.SHARED_WEIGHT, f"{reader.name} reads it with a weight used elsewhere"
+            )
+        elif reader is not None:
             facts.refuse(call.node, Reason.NOT_LINEAR_IN_NORM, f"{reader.name} reads it")
         elif not is_open:
             facts.refuse(call.node, Reason.CHANNEL_MIXING, "no statistics are emitted along several axes")

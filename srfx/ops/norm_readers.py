@@ -28,12 +28,19 @@ def _nonlinear(user: fx.Node, node: fx.Node, axis: int, program: Program) -> fx.
     if isinstance(rule, Contraction):
         if rule.refused(call) is not None or rule.x(call) is not node or rule.channel_axis(call) != axis:
             return user
-        tensors = [call.value(n) for n in ("weight", "bias")]
-        is_shared = any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)
-        return user if rule.groups(call) > 1 or not rule.takes_statistics or is_shared else None
+        return user if rule.groups(call) > 1 or not rule.takes_statistics or is_tied(user, program) else None
     if isinstance(rule, Movement) and rule.is_followed(call) and rule.source(call) is node:
         there = follow(rule.steps(call), axis)
         return user if there is None else nonlinear_reader(user, there, program)
     if isinstance(rule, Random) and not rule.is_active(call):
         return nonlinear_reader(user, axis, program)
     return user if program.is_tensor(user) else None
+
+
+def is_tied(reader: fx.Node, program: Program) -> bool:
+    """Whether a contraction's weight or bias serves another site too, so that it can take no statistics."""
+    rule, call = resolve(reader, program)
+    if not isinstance(rule, Contraction):
+        return False
+    tensors = [call.value(name) for name in ("weight", "bias")]
+    return any(isinstance(t, Param) and t.n_sites > 1 for t in tensors)

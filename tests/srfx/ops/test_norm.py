@@ -249,7 +249,7 @@ def test_a_weight_that_is_read_twice() -> None:
 
     model = randomized(Shared())
     constant(model.a, DIFFERENT)
-    check(model, (X,), kept={"a.weight": (8, 6)}, reasons=[Reason.NOT_LINEAR_IN_NORM])
+    check(model, (X,), kept={"a.weight": (8, 6)}, reasons=[Reason.SHARED_WEIGHT])
 
 
 def test_a_norm_that_is_called_twice() -> None:
