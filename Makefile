@@ -6,6 +6,7 @@
 #   make fuzz        20,000 models drawn at random, resumable; ARGS="--seed 7 --count 1000"
 #   make mutants     breaks one line at a time and shows that the tests notice  (an hour)
 #   make check       lint, types, test, wheel
+#   make bench       the same masked models through other tools, table and plot (hours; ARGS narrow it)
 #   make docs        the site, under out/site
 # Another torch:     make test TORCH="torch==2.6.0"        Another Python: make test PYTHON=python3.12
 
@@ -65,6 +66,9 @@ types: $(VENV)/test.stamp
 wheel: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest tests/test_packaging.py
 
+bench: $(ZOO)/bench.stamp
+	$(ZOO)/bin/python -m benchmarks.peers $(ARGS)
+
 docs: $(DOCS)/docs.stamp
 	$(DOCS)/bin/python -m mkdocs build --strict
 
@@ -97,4 +101,8 @@ $(ZOO)/zoo.stamp: $(ZOO)/pip.stamp $(SETUP)
 # The pages are made from the sources as text: no torch is needed.
 $(DOCS)/docs.stamp: $(DOCS)/pip.stamp $(SETUP)
 	$(DOCS)/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	@touch $@
+
+$(ZOO)/bench.stamp: $(ZOO)/zoo.stamp
+	$(ZOO)/bin/pip install --quiet -e ".[bench,peers,report]"
 	@touch $@
