@@ -54,6 +54,10 @@ CANONICALISE = (
 """Passes that bring a captured graph into the form the analyses read, in this order."""
 
 
+MAX_ROUNDS = 100
+"""How often `compact` cuts; two or three rounds are usual."""
+
+
 def minimize(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -225,7 +229,7 @@ def compact(
         The survey of the result.
     """
     with on_cpu():
-        while True:
+        for _ in range(MAX_ROUNDS):  # each round is exact: to stop early costs channels, not the answer
             is_opened = False
             if ragged:
                 values = survey_result(gm, hints).values

@@ -139,6 +139,11 @@ def take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
     return tensor.expand(base).gather(axis, index.expand(wide))
 
 
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; a nan is the same as a nan, or no rewrite would end."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def put_tensor(gm: fx.GraphModule, paths: Iterable[str], tensor: Tensor, like: Tensor) -> None:
     """Store one tensor under all its names: a parameter where ``like`` is one, in its memory format."""
     for memory_format in (torch.channels_last, torch.channels_last_3d):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from srfx.ir.call import Call
-from srfx.ir.editor import GraphEdit
+from srfx.ir.editor import GraphEdit, same_numbers
 from srfx.ir.edits import SetArgument, SetTensor
 from srfx.ir.program import Param
 from srfx.lattice.constancy import EMITS
@@ -114,7 +114,7 @@ class Contraction(ContractionFacts):
         old = bias.tensor.detach()
         folded = (old.double().cpu() + shift.flatten()).to(old)
         new = torch.where(rows.flatten().to(old.device), folded, 0.0)
-        return [] if torch.equal(new, old) else [SetTensor(call.node.name, "bias", tuple(bias.names), new)]
+        return [] if same_numbers(new, old) else [SetTensor(call.node.name, "bias", tuple(bias.names), new)]
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return [] if self.refused(call) is not None else list(self.resize(call, facts))
