@@ -31,6 +31,8 @@ from srfx.testing.strategies import programs
 from srfx.testing.variants import hooked, interrupted, renamed, reordered
 from tests.snapshots import assert_unchanged, snapshot
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 FEW, SOME = settings(max_examples=1), settings(max_examples=3)
 
 
