@@ -25,6 +25,7 @@ from srfx.analysis.liveness import executed
 from srfx.ir.attrs import drop_unused_attributes
 from srfx.ir.editor import GraphEdit, GraphEditor
 from srfx.ir.edits import CompactTensor, FreezeSize, RestoreOutput, SetTensor
+from srfx.ir.effects import is_mutating, updates_statistics
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param
 from srfx.ir.shapes import hint_inputs, propagate
@@ -201,8 +202,11 @@ def replace_by_value(node: fx.Node, value: Any) -> None:
 
 
 def _is_impure(node: fx.Node) -> bool:
+    """Fx takes methods such as ``add_`` for pure; a write that could not be made functional stays."""
     from srfx.ops.registry import has_rule
 
+    if is_mutating(node) and not updates_statistics(node):
+        return True
     return node.op in ("placeholder", "output") or (
         (node.op.startswith("call") and not has_rule(node.target)) and node.is_impure()
     )

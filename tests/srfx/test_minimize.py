@@ -494,5 +494,32 @@ def test_what_became_a_constant_holds_nothing() -> None:
         assert not any("view" in n.name for n in outcome.small.graph.nodes)
 
 
+class Written(nn.Module):
+    """A write through a view that cannot be undone, and that nobody reads by its own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + 0.25
+        y.narrow(1, 0, 1).add_(1)
+        z: Tensor = self.b(y)
+        return z
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_write_that_is_left_in_place_stays(route: str) -> None:
+    """Found by fuzzing (seed 20022): the write was taken for dead code and dropped."""
+    model = randomized(Written()).double()
+    kill(model.b, rows=[0])
+    x = torch.randn(3, 4, dtype=torch.float64)
+    small = srfx.minimize(trace(model, (x,), route), x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+    if route == "symbolic":
+        assert any(n.target == "add_" for n in small.graph.nodes)
+
+
 def test_the_whole_promise() -> None:
     check(network(), INPUTS, others=[(torch.randn(1, 3, 11, 7),)])
