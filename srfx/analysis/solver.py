@@ -23,6 +23,7 @@ from srfx.lattice.classes import Classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.norm import LayerNorm
+from srfx.ops.sharing import siblings
 
 
 def analyse(
@@ -44,6 +45,7 @@ def analyse(
         facts = FactTable(program, labels, Classes.of(labels.table, multiple_of))
         facts.kept = torch.zeros(labels.table.size, dtype=torch.bool)
         facts.refusals = list(labels.refusals)
+        facts.siblings = siblings((site.rule, site.call) for site in found)
         facts.ranks = torch.zeros(labels.table.size, dtype=torch.int8)
         constancy(facts, found)
         for has_presence in (False, True):  # the statistics of a norm may be all that an axis needs to keep

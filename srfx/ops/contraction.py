@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit, same_numbers
@@ -20,28 +20,31 @@ class Contraction(ContractionFacts):
     """y = W x + b by channels; subclasses say how the weight is laid out and what a constant meets."""
 
     def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        if self.refused(call) is not None or not self.is_private(call, facts):
+        private = self.is_private(call, facts)
+        calls = (call,) if private else facts.siblings.get(call.node, ())
+        if self.refused(call) is not None or not calls:
             return []
-        w, live = self.w(call), facts.liveness(call.node)
-        assert isinstance(w, Param)
         c = self.known(call, facts)
-        # [G, C]: the weight is private, so there are no outer positions
-        varies = flat_positions(self._by_group(call, c.varies.cpu()))[0]
+        # [G, C]: the constants that go have no outer positions
         value = flat_positions(self._by_group(call, c.value.double().cpu()))[0]
-        rows = flat_positions(self._rows_by_group(call, live)).any(0)  # [G, R]
-        wanted = flat_positions(self._wanted(call, live, facts))[0]  # [G, C]
+        varies = flat_positions(self._by_group(call, c.varies.cpu()))[0]
+        still = ~varies if private else self.agreed(call, facts)
+        rows, wanted = self._needs(calls, facts)
         reads = self._reads(call, facts)
         read = columns_read(rows, reads)
-        absorbed = torch.where(read & ~varies & ~wanted, value, 0.0)
-        gone = self._combinable(call, facts, c)
+        absorbed = torch.where(read & still & ~wanted, value, 0.0)
+        gone = self._combinable(call, facts, c) if private else None
         gone = (
             (gone.flatten(0, -2).any(0) & read[0]) if gone is not None else torch.zeros(0, dtype=torch.bool)
         )
         used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
         edits: list[GraphEdit] = []
-        weight, shift = w.tensor.detach(), torch.zeros(rows.shape, dtype=torch.float64)
+        w, shift = self.w(call), torch.zeros(rows.shape, dtype=torch.float64)
+        assert isinstance(w, Param)
+        weight = w.tensor.detach()
         carried = self.has_border(call) and bool((absorbed != 0).any())
-        if carried or bool((reads & ~used.to(torch.uint8) & 1).amax() > 0) or bool(gone.any()):
+        is_changed = carried or bool((reads & ~used.to(torch.uint8) & 1).amax() > 0) or bool(gone.any())
+        if is_changed and call.node is self._writer(calls, facts):
             mask = self.unmatrix(call, used.to(weight.device), weight)
             new = torch.where(mask, weight, 0).contiguous()  # `matrix` has to be a view
             if carried:
@@ -51,8 +54,23 @@ class Contraction(ContractionFacts):
             edits.append(SetTensor(call.node.name, "weight", tuple(w.names), new))
         if not self.has_border(call):
             shift = shift + self._fold_value(call, absorbed)
-        facts.cache.pop(self._reads_key(call), None)  # a byte for each weight, not needed any more
+        if private:
+            facts.cache.pop(self._reads_key(call), None)  # a byte for each weight, not needed any more
         return edits + self._fold_bias(call, shift, rows)
+
+    def _needs(self, calls: Iterable[Call], facts: FactTable) -> tuple[Tensor, Tensor]:
+        """Rows that are live at some of the calls that share a weight, [G, R], and columns that some reads, [G, C]."""
+        rows, wanted = [], []
+        for call in calls:
+            live = facts.liveness(call.node)
+            rows.append(flat_positions(self._rows_by_group(call, live)).any(0))
+            wanted.append(flat_positions(self._wanted(call, live, facts)).any(0))
+        return torch.stack(rows).any(0), torch.stack(wanted).any(0)
+
+    def _writer(self, calls: tuple[Call, ...], facts: FactTable) -> fx.Node | None:
+        """The one call that brings the new weight: the first of which anything is needed, or the only one."""
+        needed = (call.node for call in calls if bool(facts.liveness(call.node).any()))
+        return next(needed, calls[0].node if len(calls) == 1 else None)
 
     def _take_statistics(
         self, call: Call, facts: FactTable, new: Tensor, gone: Tensor, rows: Tensor

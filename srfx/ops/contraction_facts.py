@@ -100,6 +100,29 @@ class ContractionFacts(OpRule):
             return False  # computed, or not one number for each row: nothing can be folded into it
         return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
 
+    def agreed(self, call: Call, facts: FactTable) -> Tensor:
+        """Channels that are one and the same constant at all sites of a shared weight, [G, C]: all take it alike."""
+        calls, w = facts.siblings.get(call.node), self.w(call)
+        if calls is None:
+            return torch.zeros(1, 1, dtype=torch.bool)
+        assert isinstance(w, Param)
+        key = (id(w.tensor), self.groups(call), self.row_axis(call), len(calls))
+        if key not in facts.cache:
+            facts.cache[key] = self._agree(calls, facts)
+        return facts.cache[key]
+
+    def _agree(self, calls: tuple[Call, ...], facts: FactTable) -> Tensor:
+        found, values = torch.ones(1, 1, dtype=torch.bool), []
+        for call in calls:
+            x, axis, c = self.x(call), self.channel_axis(call), self.known(call, facts)
+            if any(n > 1 for a, n in enumerate(facts.layout(x)) if a != axis):
+                return ~found
+            value = flat_positions(self._by_group(call, c.value.double().cpu()))[0]
+            found = found & ~flat_positions(self._by_group(call, c.varies.cpu()))[0]
+            found = found & (value == 0) if self.has_border(call) else found
+            values.append(value)
+        return found & torch.stack([value == values[0] for value in values]).all(0)
+
     def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
         """The operand; constants that meet a border in a grouped convolution have to be there, from anywhere."""
         x = call.value("input")
@@ -268,7 +291,7 @@ class ContractionFacts(OpRule):
         read = columns_read(self._rows_by_group(call, live), reads)
         if not self.is_private(call, facts):
             kept = self._by_group(call, facts.kept_channels(x))
-            return read & (varies | (value != 0) | kept)
+            return read & (varies | (value != 0) | kept) & ~self.agreed(call, facts)
         gone = self._combinable(call, facts, c)
         wanted = read & varies
         if gone is not None and c.affine is not None:

@@ -6,13 +6,14 @@ rank of the value, size 1 on axes along which nothing differs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from srfx.ir.call import Call
 from srfx.ir.editor import take
 from srfx.ir.plan import Reason, Refusal
 from srfx.ir.program import Param, Program, Value
@@ -129,6 +130,7 @@ class FactTable:
     emitted: norm node -> position at which each emitted statistic travels; {} when the norm emits nothing.
     shifts: norm node -> c of the statistic (mu - c) r.
     closed: norm nodes that lose no channel for want of places for their statistics.
+    siblings: contraction -> all calls that share its weight and bias, and may change them together.
     ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
     """
 
@@ -145,6 +147,7 @@ class FactTable:
     emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
     shifts: dict[Hashable, float] = field(default_factory=dict)
     closed: set[Hashable] = field(default_factory=set)
+    siblings: Mapping[fx.Node, tuple[Call, ...]] = field(default_factory=dict)
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
     demanded: Tensor | None = None
