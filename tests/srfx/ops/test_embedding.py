@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srfx.ir.plan import Reason
 from tests.helpers import check, kill, randomized
 
 V, C, T = 13, 10, 5
@@ -215,3 +216,52 @@ def test_norm_and_attention_scores_read_at_computed_positions() -> None:
     kill(model.front, rows=[0, 1])
     kill(model.back, columns=[2])
     check(model, (torch.randn(2, T, 4), torch.randint(0, T, (2,))), kept={"back.weight": (3, C)})
+
+
+class Bags(nn.Module):
+    """back(relu(mid(bags of ids)))."""
+
+    def __init__(self, mode: str, weighted: bool, spelling: str) -> None:
+        super().__init__()
+        self.embed = nn.EmbeddingBag(V, C, mode=mode, padding_idx=0)
+        self.mid, self.back = nn.Linear(C, 7), nn.Linear(7, 3)
+        self.weighted, self.spelling = weighted, spelling
+        randomized(self)
+
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:
+        given = weights if self.weighted else None
+        if self.spelling == "module":
+            found = self.embed(ids, per_sample_weights=given)
+        elif self.spelling == "functional":
+            found = F.embedding_bag(ids, self.embed.weight, mode=self.embed.mode, per_sample_weights=given)
+        else:
+            offsets = torch.arange(0, ids.numel(), T)
+            found = self.embed(ids.flatten(), offsets, given.flatten() if given is not None else None)
+        return self.back(F.relu(self.mid(found)))
+
+
+@pytest.mark.parametrize("spelling", ["module", "functional", "offsets"])
+@pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)])
+def test_bags_lose_columns_nobody_reads_and_columns_of_zeros(
+    mode: str, weighted: bool, spelling: str
+) -> None:
+    model = Bags(mode, weighted, spelling)
+    kill(model.mid, columns=[0, 4])
+    with torch.no_grad():
+        model.embed.weight[:, 7] = 1.5  # an empty bag is 0 there
+        model.embed.weight[:, 8] = 0
+    ids = torch.randint(0, V, (2, T))
+    ids[0] = 0  # nothing but padding: an empty bag
+    routes = ("symbolic",) if mode == "max" else ("symbolic", "export", "decomposed")
+    if spelling == "offsets":
+        routes = tuple(r for r in routes if r != "symbolic")
+    kept = {"embed.weight": (V, 7), "mid.weight": (7, 7)}
+    if routes:
+        check(model, (ids, torch.rand(2, T)), kept=kept, routes=routes)
+
+
+def test_a_maximum_over_bags_in_a_decomposed_graph_is_a_barrier() -> None:
+    model = Bags("max", False, "module")
+    kill(model.mid, columns=[0, 4])
+    kept = {"embed.weight": (V, C)}
+    check(model, (IDS, torch.rand(2, T)), kept=kept, routes=("export",), reasons=[Reason.UNRECOGNISED_CALL])
