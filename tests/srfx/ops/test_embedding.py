@@ -241,7 +241,9 @@ class Bags(nn.Module):
 
 
 @pytest.mark.parametrize("spelling", ["module", "functional", "offsets"])
-@pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)])
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)]
+)
 def test_bags_lose_columns_nobody_reads_and_columns_of_zeros(
     mode: str, weighted: bool, spelling: str
 ) -> None:
