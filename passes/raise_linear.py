@@ -2,6 +2,7 @@
 
 Before: w = t(weight); y = addmm(bias, x, w)      After: y = linear(x, weight, bias)
 Before: y = x @ weight.T  (mm, matmul)            After: y = linear(x, weight)         [the same sums]
+Before: y = bmm(x, expand(w))                     After: y = linear(x, weight), or matmul(x, w)
 
 The weight then stands where rules look for it, its zeros are seen, there is a place for a bias that takes constants,
 and the result is the smaller graph.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from srfx.ir.attrs import get_attr
+from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.effects import op_name
 from srfx.ir.plan import Edit, Plan
 from srfx.passes.base import Pass, register_pass
@@ -25,21 +27,23 @@ from srfx.passes.base import Pass, register_pass
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.matmul.default, torch.mm, torch.matmul, operator.matmul)
 _METHODS = ("mm", "matmul")
+_REPEATS = (aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _FLIPS = ("t", "numpy_T", "matrix_H", "mT", "adjoint")
 
 
 @dataclass(frozen=True)
 class RaiseLinear(Edit):
-    """``node`` becomes ``linear(x, weight, bias)``; all named by node."""
+    """``node`` becomes ``linear(x, weight, bias)``, or ``x @ weight``; all named by node."""
 
     x: str = ""
     weight: str = ""
     bias: str | None = None
+    is_transposed: bool = True
 
 
 @register_pass("raise-linear")
 class RaiseLinears(Pass):
-    """Turn addmm and mm with a transposed stored weight into linear.
+    """Turn addmm and mm with a transposed stored weight into linear, bmm with a repeated one too.
 
     Left alone: scaled addmm, a bias that is not one stored vector, a weight that is computed.
     """
@@ -51,6 +55,16 @@ class RaiseLinears(Pass):
                 weight = _transposed(node.args[1])
                 if weight is not None and isinstance(node.args[0], fx.Node):
                     edits.append(RaiseLinear(node.name, node.args[0].name, weight.name))
+            elif node.target is aten.bmm.default:
+                matrix = _repeated(node.args[1])
+                weight = _transposed(matrix) if matrix is not None else None
+                if matrix is not None and (weight is not None or _stored_rank(matrix) == 2):
+                    found = weight if weight is not None else matrix
+                    edits.append(
+                        RaiseLinear(
+                            node.name, node.args[0].name, found.name, is_transposed=weight is not None
+                        )
+                    )
             elif node.target is aten.addmm.default and all(v == 1 for v in node.kwargs.values()):
                 bias, weight = node.args[0], _transposed(node.args[2])
                 if weight is not None and _stored_rank(bias) == 1:
@@ -63,18 +77,31 @@ class RaiseLinears(Pass):
         node, names = nodes[edit.node], (edit.x, edit.weight, edit.bias)
         is_aten = isinstance(node.target, torch._ops.OpOverload)
         node.op, node.target = "call_function", aten.linear.default if is_aten else F.linear
+        if not edit.is_transposed:
+            node.target = aten.matmul.default
         node.args, node.kwargs = tuple(nodes[n] for n in names if n is not None), {}
 
     def finish(self, gm: fx.GraphModule) -> None:
-        for node in reversed(gm.graph.nodes):
-            if not node.users and _transposed(node) is not None:
-                gm.graph.erase_node(node)
+        remove_dead_nodes(gm)
 
 
 def _is_product(node: fx.Node) -> bool:
     """Whether a node is x @ w, in any spelling."""
     is_one = node.target in (_METHODS if node.op == "call_method" else _PRODUCTS)
     return is_one and node.op.startswith("call") and len(node.args) == 2 and not node.kwargs
+
+
+def _repeated(node: object) -> fx.Node | None:
+    """The matrix that a node repeats along leading axes: views and expands that leave its two axes as they are."""
+    above: list[Any] = []
+    while isinstance(node, fx.Node) and node.target in _REPEATS:
+        above.append(node.args[1])
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or not above:
+        return None
+    stored = _transposed(node)
+    shape = _stored_shape(node) if stored is None else _stored_shape(stored)[::-1]
+    return node if len(shape) == 2 and all(tuple(sizes[-2:]) == shape for sizes in above) else None
 
 
 def _transposed(node: object) -> fx.Node | None:
@@ -96,9 +123,14 @@ def _transposed(node: object) -> fx.Node | None:
 
 def _stored_rank(node: object) -> int | None:
     """Number of axes of a stored tensor; None for anything computed."""
+    return len(_stored_shape(node)) or None
+
+
+def _stored_shape(node: object) -> tuple[int, ...]:
+    """Sizes of a stored tensor; () for anything computed."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
+        return ()
     owner = node.graph.owning_module
     assert owner is not None
     found = get_attr(owner, str(node.target))
-    return found.dim() if isinstance(found, torch.Tensor) else None
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else ()

@@ -115,3 +115,49 @@ def test_product_with_a_plain_weight_is_left_alone():
             return x @ self.weight
 
     assert not get_pass("raise-linear")(capture(Plain()).graph_module).modified
+
+
+class Batched(nn.Module):
+    """A linear layer, or a product, on a tensor that is not contiguous: decomposed, it is a bmm of a repeated matrix."""
+
+    def __init__(self, has_bias: bool, is_linear: bool) -> None:
+        super().__init__()
+        self.front, self.back = nn.Conv1d(3, 8, 1), nn.Linear(8, 5, bias=has_bias)
+        self.matrix, self.is_linear = nn.Parameter(torch.randn(8, 5)), is_linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.sigmoid(self.front(x)).transpose(1, 2)
+        return self.back(h) if self.is_linear else torch.bmm(h, self.matrix.expand(h.shape[0], 8, 5))
+
+
+@pytest.mark.parametrize(("has_bias", "is_linear"), [(True, True), (False, True), (False, False)])
+def test_a_product_with_a_repeated_matrix(has_bias: bool, is_linear: bool) -> None:
+    model = Batched(has_bias, is_linear).double().eval()
+    with torch.no_grad():
+        model.front.weight[[1, 4]] = 0  # constants: a linear layer absorbs them, a product only zeros
+        model.front.bias[[1, 4]] = 0.5
+        (model.back.weight if is_linear else model.matrix.t())[:, 6] = 0
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    sizes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes).run_decompositions()
+    assert any(n.target is aten.bmm.default for n in program.graph.nodes)
+    gm = capture(program.module()).graph_module
+    assert len(get_pass("raise-linear")(gm).edits) == 1
+    assert aten.bmm.default not in targets(gm)
+    small = srfx.minimize(program)
+    for other in (x, torch.randn(4, 3, 2, dtype=torch.float64)):
+        torch.testing.assert_close(small(other), model(other), rtol=1e-9, atol=1e-12)
+    assert small.get_parameter("front.weight").shape == (5 if is_linear else 7, 3, 1)
+
+
+def test_a_product_with_a_matrix_cut_otherwise_is_left_alone() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(x, self.matrix.view(2, 3, 4))
+
+    program = torch.export.export(Cut(), (torch.randn(2, 5, 3, dtype=torch.float64),))
+    assert not get_pass("raise-linear")(capture(program.module()).graph_module).modified
