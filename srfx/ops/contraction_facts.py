@@ -116,7 +116,7 @@ class ContractionFacts(OpRule):
         for call in calls:
             x, axis, c = self.x(call), self.channel_axis(call), self.known(call, facts)
             if any(n > 1 for a, n in enumerate(facts.layout(x)) if a != axis):
-                return ~found
+                return torch.zeros(1, 1, dtype=torch.bool)
             value = flat_positions(self._by_group(call, c.value.double().cpu()))[0]
             found = found & ~flat_positions(self._by_group(call, c.varies.cpu()))[0]
             found = found & (value == 0) if self.has_border(call) else found
@@ -252,7 +252,8 @@ class ContractionFacts(OpRule):
             result = (
                 result + shift.unflatten(0, (self.groups(call), -1)) if shift.numel() > 1 else result + shift
             )
-        return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result.expand(moved.shape)))
+        moved, result = torch.broadcast_tensors(moved, result)
+        return Constancy(self._rows_layout(call, moved), self._rows_layout(call, result))
 
     def _fold_value(self, call: Call, value: Tensor) -> Tensor:
         """Sum_c W[r, c] k[c] over all taps, [outer.., G, R], in float64; reads only columns with k != 0."""

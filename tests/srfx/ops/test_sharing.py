@@ -42,6 +42,27 @@ def test_constants_that_differ_from_site_to_site_stay() -> None:
     check(model, (X, Y), kept={"first.weight": (8, 6), "second.weight": (5, 8)})
 
 
+def test_a_site_whose_constants_differ_from_position_to_position_absorbs_none() -> None:
+    """A projection of tokens and of a stored table of positions (DeBERTa): the table is no one constant."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.table = nn.Parameter(torch.ones(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys = self.second(self.table)
+            scores: Tensor = self.second(torch.sigmoid(self.first(x))) @ keys.t()
+            return scores
+
+    model = randomized(Table())
+    kill(model.first, [1, 4, 5])
+    check(model, (X,), routes=["symbolic"], kept={"first.weight": (8, 6), "second.weight": (5, 8)})
+    # an exported projection of a table is one stored tensor, and no site any more
+    check(model, (X,), routes=["export"], kept={"first.weight": (5, 6), "second.weight": (5, 5)})
+
+
 def test_a_column_that_one_site_alone_has_no_use_for_stays() -> None:
     """Rows of the second layer that are read at one site only: the weight is made for both."""
 
