@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from srfx.errors import ApplyError, PlanError, VerificationError
 from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
 from srfx.record.attach import record_of
-from srfx.record.keep_plan import TensorPlan
+from srfx.record.keep_plan import KeepPlan, TensorPlan, resizes_by
 from srfx.record.record import Record
 from srfx.verify import call_arguments, generated_specs, verify
 
@@ -89,6 +89,17 @@ def apply_(module: nn.Module, small: fx.GraphModule, *, inputs: Any = None, kwar
             f"{found}: the forward of {type(module).__name__} has sizes of its own that do not follow"
         )
     return module
+
+
+@resizes_by
+def _apply_plan(plan: KeepPlan, module: nn.Module, small: nn.Module, inputs: Any, kwargs: Any) -> nn.Module:
+    """`KeepPlan.apply_`."""
+    record = record_of(small)
+    if record is not None and record.plan != plan:
+        raise PlanError(
+            f"this {type(small).__name__} was made by another plan: give the result that the plan is of"
+        )
+    return apply_(module, cast(fx.GraphModule, small), inputs=inputs, kwargs=kwargs)
 
 
 class _Change:

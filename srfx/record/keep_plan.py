@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,19 @@ from srfx.record.carry import carry_optimizer
 
 VERSION = 1
 """Version of the JSON form; a reader refuses any other."""
+
+
+Resize = Callable[["KeepPlan", nn.Module, nn.Module, Any, Any], nn.Module]
+"""Brings a plan into a user's own module, given the small one, inputs and keyword arguments; `srfx.apply` stands above
+this layer and hands it down."""
+
+_RESIZE: list[Resize] = []
+
+
+def resizes_by(function: Resize) -> Resize:
+    """Declare what `KeepPlan.apply_` calls."""
+    _RESIZE[:] = [function]
+    return function
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,26 @@ class KeepPlan:
                 is changed then.
         """
         carry_optimizer(self, optimizer, before, after)
+
+    def apply_(
+        self, module: nn.Module, small: nn.Module, *, inputs: Any = None, kwargs: Any = None
+    ) -> nn.Module:
+        """Resize the module that was minimized, in place, to what this plan keeps: `srfx.apply_` for this plan.
+
+        Args:
+            module: what was minimized, or another instance of the same architecture.
+            small: the result that this plan is of, also after training or `srfx.load`; it has the values.
+            inputs: positional arguments to compare on; without, some are made up.
+            kwargs: keyword arguments.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            ApplyError: what cannot be resized; ``module`` is unchanged.
+            PlanError: ``small`` is of another plan, or was not made by `srfx.minimize`.
+        """
+        return _RESIZE[0](self, module, small, inputs, kwargs)
 
     def to_json(self) -> str:
         """One line of JSON; equal plans give equal text."""

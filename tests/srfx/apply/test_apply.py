@@ -125,6 +125,26 @@ def test_a_fresh_instance_and_a_file(tmp_path: Path) -> None:
     assert relative_error(small(TOKENS), fresh(TOKENS)) < 1e-5
 
 
+def test_the_plan_resizes_too(tmp_path: Path) -> None:
+    net = pruned_mixer()
+    small = srfx.minimize(trace(net, (TOKENS,), "export"))
+    wanted, plan = net(TOKENS), srfx.plan(small)
+    srfx.save(small, tmp_path / "x.srfx")
+    again = type(plan).from_json(plan.to_json())  # on another machine, say
+    fresh = again.apply_(Mixer().eval(), srfx.load(tmp_path / "x.srfx"))
+    assert relative_error(wanted, fresh(TOKENS)) < 1e-5
+    other = srfx.plan(srfx.minimize(randomized(Mixer()), TOKENS))
+    state = snapshot(net)
+    with pytest.raises(PlanError, match="made by another plan"):
+        other.apply_(net, small)
+    with pytest.raises(PlanError, match="carries no record"):
+        plan.apply_(net, Mixer())
+    assert_unchanged(net, state)
+    assert plan.apply_(net, small, inputs=TOKENS) is net
+    assert count(net) == count(small)
+    assert relative_error(wanted, net(TOKENS)) < 1e-5
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_constant_outputs_get_their_rows_back(bias: bool) -> None:
     net = randomized(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5, bias=bias)))
