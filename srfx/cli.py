@@ -1,4 +1,4 @@
-"""The command line: ``srfx minimize``, ``srfx report``, ``srfx diff``.
+"""The command line: ``srfx minimize``, ``srfx report``, ``srfx explain``, ``srfx diff``.
 
 What a command finds out goes to standard output, its progress and errors to standard error.
 """
@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import fx
 
+from srfx.completion import bash
 from srfx.errors import PlanError, SrfxError, VerificationError
+from srfx.explain import explain
 from srfx.files import load, save
 from srfx.files.exported import export_again, write_program
 from srfx.files.sources import ReadModel, read_model
@@ -115,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("before", help=MODEL)
     command.add_argument("after", help=MODEL)
     command.add_argument("--verify", action="store_true", help="run both on generated inputs and compare")
+
+    command = _add(commands, "explain", _explain, "why a channel of a minimized model is still there")
+    command.add_argument("file", help="a .srfx file")
+    command.add_argument("layer", help="name of a layer or of a parameter")
+    command.add_argument("channel", type=int, help="which channel, in the numbering of the original")
+    command.add_argument(
+        "--axis", type=int, default=0, help="0: what the layer gives (default); 1: what it reads"
+    )
+
+    command = commands.add_parser("completion", help="print a completion script for bash (and zsh)")
+    command.set_defaults(run=_completion, quiet=True, debug=False)
     return parser
 
 
@@ -147,8 +160,12 @@ def _minimize(options: argparse.Namespace, progress: _Progress) -> int:
     target = Path(options.output)
     if target.suffix not in (".srfx", ".pt2"):
         raise SrfxError(f"{target}: the output ends in .srfx or .pt2")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent}")
+    for path in (target, Path(options.report or target)):
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
+    for given in filter(None, (options.model, options.weights)):
+        if target.exists() and Path(given).exists() and target.samefile(given):
+            raise SrfxError(f"{target} would overwrite what it is made from; give the output another name")
     with progress(f"reading {options.model}"):
         source = read_model(options.model, options.weights, options.input)
     with progress("minimizing"):
@@ -200,6 +217,24 @@ def _report(options: argparse.Namespace, progress: _Progress) -> int:
         found.save(options.html)
     else:
         print(found.to_json() if options.json else found)
+    return OK
+
+
+def _explain(options: argparse.Namespace, progress: _Progress) -> int:
+    if not options.file.endswith(".srfx"):
+        raise PlanError(
+            f"{options.file}: only .srfx files keep a plan; `srfx minimize MODEL FILE.srfx` writes one"
+        )
+    with progress(f"reading {options.file}"):
+        small = load(options.file)
+    with progress("explaining"):
+        found = explain(small, options.layer, options.channel, options.axis)
+    print(json.dumps(found.to_dict(), sort_keys=True) if options.json else found)
+    return OK
+
+
+def _completion(options: argparse.Namespace, progress: _Progress) -> int:
+    print(bash(_parser()))
     return OK
 
 

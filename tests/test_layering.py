@@ -17,6 +17,7 @@ LAYERS = (
     "testing",
     "__main__",
     "cli",
+    "completion",
     "dynamo",
     "report",
     "cycle",

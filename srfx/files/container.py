@@ -152,7 +152,7 @@ def _not_safetensors(path: Path, error: SafetensorError) -> FileError:
         if head[:2] == b"PK"
         else "no safetensors file"
     )
-    return FileError(f"{path} is not a file of srfx.save but {what} ({error})")
+    return FileError(f"{path} is no file of srfx.save: it is {what} ({error})")
 
 
 def _bytes(tensor: Tensor) -> bytes:

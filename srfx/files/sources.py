@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -120,6 +121,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             load_model(model, path)  # knows tied weights
         else:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except UnpicklingError as error:
+        raise FileError(
+            f"{path} is no state dict in safetensors, or of torch.save(model.state_dict(), ...): "
+            f"{str(error).strip().splitlines()[0][:200]}"
+        ) from error
     except (SafetensorError, RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         raise FileError(f"the weights in {path} do not fit the model: {' '.join(lines)[:500]}") from error

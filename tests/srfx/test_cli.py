@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,45 @@ def test_from_a_function_in_a_module(folder: Path, capsys: pytest.CaptureFixture
     save_file({"x": torch.ones(1)}, "odd.safetensors")
     code, _, err = run(capsys, "minimize", f"{name}:make", "out.pt2", "--weights", "odd.safetensors")
     assert (code, "do not fit the model" in err) == (FAILED, True)
+    torch.save(pruned(), "whole.pt")  # a pickled module, which would run code
+    for odd in ("whole.pt", f"{name}.py"):
+        code, _, err = run(capsys, "minimize", f"{name}:make", "out.pt2", "--weights", odd)
+        assert (code, f"{odd} is no state dict" in err) == (FAILED, True)
+
+
+def test_explain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "minimize", "in.pt2", "out.srfx", "--quiet")[0] == OK
+    code, out, _ = run(capsys, "explain", "out.srfx", "0", "12")
+    assert code == OK
+    assert out.startswith("0.weight, axis 0, channel 12 (now 2) stays:")
+    assert "it is an output of the model" in out
+    code, out, _ = run(capsys, "explain", "out.srfx", "2.weight", "3", "--axis", "1", "--json")
+    assert json.loads(out)["position"] is None
+    code, out, err = run(capsys, "explain", "out.srfx", "nothing", "3")
+    assert (code, out, "nothing" in err) == (FAILED, "", True)
+    code, out, err = run(capsys, "explain", "out.srfx", "0", "16")
+    assert (code, out, "there is no 16" in err) == (FAILED, "", True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("srfx mi", ["minimize"]),
+        ("srfx ", ["minimize", "report", "diff", "explain", "completion", "--help", "--version"]),
+        ("srfx explain x.srfx --a", ["--axis"]),
+        ("srfx minimize --r", ["--ragged", "--report"]),
+        ("srfx minimize in", []),  # files: the shell's own completion
+    ],
+)
+def test_shell_completion(capsys: pytest.CaptureFixture[str], line: str, found: list[str]) -> None:
+    code, script, _ = run(capsys, "completion")
+    assert code == OK
+    words = line.split(" ")
+    script += f"\nCOMP_WORDS=({' '.join(repr(w) for w in words)}); COMP_CWORD={len(words) - 1}"
+    script += '\n_srfx; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(found)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +196,10 @@ def test_from_a_function_in_a_module(folder: Path, capsys: pytest.CaptureFixture
         (["minimize", "missing.pt2", "out.srfx"], FAILED, "there is no file missing.pt2"),
         (["minimize", "in.pt2", "out.onnx"], FAILED, "ends in .srfx or .pt2"),
         (["minimize", "in.pt2", "nowhere/out.srfx"], FAILED, "no folder nowhere"),
+        (["minimize", "in.pt2", "in.pt2"], FAILED, "in.pt2 would overwrite what it is made from"),
+        (["minimize", "in.pt2", "out.pt2", "--report", "nowhere/x.html"], FAILED, "no folder nowhere"),
+        (["explain", "in.pt2", "0", "1"], FAILED, "only .srfx files keep a plan"),
+        (["explain", "missing.srfx", "0", "1"], FAILED, "missing.srfx"),
         (["minimize", "in.onnx", "out.srfx"], FAILED, "none of file.pt2"),
         (["minimize", "text.pt2", "out.srfx"], FAILED, "no zip archive"),
         (["minimize", "zip.pt2", "out.srfx"], FAILED, "cannot be read as an exported program"),
