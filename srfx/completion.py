@@ -30,7 +30,7 @@ def bash(parser: argparse.ArgumentParser) -> str:
     Example:
         >>> parser = argparse.ArgumentParser(prog="tool")
         >>> _ = parser.add_subparsers().add_parser("run").add_argument("--fast", action="store_true")
-        >>> "run) options=\"--fast --help\" ;;" in bash(parser)
+        >>> "--fast --help" in bash(parser)
         True
     """
     commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))

@@ -28,7 +28,7 @@ from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.lattice.movement import Fields
 from srfx.minimize import canonicalise, remembered_inputs
 from srfx.ops.facts import FactTable
-from srfx.record.attach import record_of
+from srfx.record.attach import model_of, record_of
 from srfx.record.keep_plan import KeepPlan
 
 OUTPUT = "OUTPUT"
@@ -83,17 +83,17 @@ class Explanation:
         return asdict(self)
 
 
-def explain(small: nn.Module, name: str, channel: int, axis: int = 0) -> Explanation:
+def explain(small: nn.Module | KeepPlan, name: str, channel: int, axis: int = 0) -> Explanation:
     """Why is this channel still there?
 
     Args:
-        small: a result of `srfx.minimize`.
+        small: a result of `srfx.minimize`, or its plan as long as the result is still there.
         name: a parameter, or a layer (its weight is meant).
         channel: which, in the numbering of the original model.
         axis: of the parameter; 0 is the output of linear layers and convolutions.
 
     Raises:
-        PlanError: ``small`` was not made by `srfx.minimize`.
+        PlanError: ``small`` was not made by `srfx.minimize`, or is the plan of a model that is gone.
         UnknownChannelError: no such parameter, axis or channel.
 
     Example:
@@ -108,6 +108,11 @@ def explain(small: nn.Module, name: str, channel: int, axis: int = 0) -> Explana
 
     Cost: an analysis of the small model, about 2 ms a node.  For many channels of one model use `Reasons`.
     """
+    if isinstance(small, KeepPlan):
+        found = model_of(small)
+        if found is None:
+            raise PlanError("the minimized model of this plan is no longer in memory: give the model itself")
+        small = found
     return Reasons(small).explain(name, channel, axis)
 
 

@@ -12,14 +12,17 @@ beside it.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 
 from srfx.ir.clone import clone_graph
+from srfx.record.keep_plan import KeepPlan
 from srfx.record.record import Record
 
 KEY = "srfx"
+_ALIVE: WeakSet[fx.GraphModule] = WeakSet()
 
 
 def attach(gm: fx.GraphModule, record: Record) -> None:
@@ -34,7 +37,16 @@ def record_of(model: nn.Module) -> Record | None:
     return found if isinstance(found, Record) else None
 
 
+def model_of(plan: KeepPlan) -> fx.GraphModule | None:
+    """A minimized model in this process that the plan belongs to, None when there is none (any more)."""
+    models = [gm for gm in _ALIVE if record_of(gm) is not None]
+    plans = [(gm, gm.meta[KEY].plan) for gm in models]
+    same = [gm for gm, other in plans if other is plan] or [gm for gm, other in plans if other == plan]
+    return same[0] if same else None
+
+
 def _keep(gm: fx.GraphModule) -> None:
+    _ALIVE.add(gm)
     type(gm).__reduce__ = _reduce  # type: ignore[assignment, method-assign]
     if _keep not in gm._deepcopy_hooks:
         gm._register_deepcopy_hook(_keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import pickle
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 import srfx
 from srfx.errors import PlanError, UnknownChannelError
+from srfx.record.keep_plan import KeepPlan
 from tests.helpers import kill, randomized
 
 X = torch.randn(2, 4)
@@ -140,3 +143,21 @@ def test_unknown_names() -> None:
         srfx.explain(small, "a", 0, axis=2)
     with pytest.raises(PlanError, match="no record"):
         srfx.explain(fx.symbolic_trace(bypass()), "a", 0)
+
+
+def test_from_the_plan() -> None:
+    small = srfx.minimize(bypass(), X)
+    plan = srfx.plan(small)
+    wanted = srfx.explain(small, "a", 1)
+    other = srfx.minimize(randomized(nn.Sequential(nn.Linear(4, 3))), X)
+    assert srfx.explain(plan, "a", 1) == wanted
+    assert srfx.explain(KeepPlan.from_json(plan.to_json()), "a", 1) == wanted
+    copied = copy.deepcopy(small)
+    del small
+    gc.collect()
+    assert srfx.explain(plan, "a", 1) == wanted  # the copy has the same plan
+    del copied
+    gc.collect()
+    with pytest.raises(PlanError, match="no longer in memory"):
+        srfx.explain(plan, "a", 1)
+    assert srfx.explain(srfx.plan(other), "0", 0).reason == "OUTPUT"
