@@ -5,6 +5,8 @@ All are asked for the same thing: take the zeros that are there, choose nothing.
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,8 @@ def _torch_pruning(model: nn.Module, x: Tensor, is_careful: bool) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     prune = {nn.Linear: library.prune_linear_out_channels}
     for layer in layers[:-1]:
+        if layer not in graph.module2node:
+            continue  # it does not follow inside nn.MultiheadAttention
         zero = (layer.weight.flatten(1) == 0).all(1)
         rows = zero.nonzero().flatten().tolist()
         if not rows or len(rows) == len(zero):
@@ -79,7 +83,24 @@ def _is_zero_everywhere(group: Any, position: int) -> bool:
 
 
 def sparsifier(model: nn.Module, x: Tensor) -> nn.Module:
-    """torch.ao.pruning's structured pruner with the rows of zeros as its mask."""
+    """torch.ao.pruning's structured pruner with the rows of zeros as its mask, on the layers that it takes at all."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
+    taken = [name for name in layers if _is_taken(model, name)]
+    return _sparsified(model, taken) if taken else model
+
+
+def _is_taken(model: nn.Module, layer: str) -> bool:
+    """It raises for every layer that fits none of its patterns; so each is tried alone."""
+    try:
+        _sparsified(copy.deepcopy(model), [layer])
+    except Exception:  # noqa: BLE001  it raises nothing more precise
+        return False
+    finally:
+        gc.collect()  # graphs hold themselves in cycles, with a copy of the weights each
+    return True
+
+
+def _sparsified(model: nn.Module, layers: list[str]) -> nn.Module:
     from torch.ao.pruning._experimental.pruner.base_structured_sparsifier import BaseStructuredSparsifier
 
     class ZeroRows(BaseStructuredSparsifier):  # type: ignore[misc]
@@ -87,9 +108,8 @@ def sparsifier(model: nn.Module, x: Tensor) -> nn.Module:
             held = getattr(module.parametrizations, tensor_name)
             held[0].mask.data = (held.original.flatten(1) != 0).any(1)
 
-    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    pruner = ZeroRows({})
-    pruner.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in layers[:-1]])
+    pruner = ZeroRows({"prune_bias": False})
+    pruner.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in layers])
     pruner.step()
     return pruner.prune()  # type: ignore[no-any-return]
 
@@ -98,6 +118,7 @@ def speedup(model: nn.Module, x: Tensor) -> nn.Module:
     """NNI's ModelSpeedup with the zeros as its masks."""
     from nni.compression.speedup import ModelSpeedup
 
+    _fit_nni_to_torch()
     masks = {
         name: {"weight": (module.weight != 0).to(x.dtype)}
         for name, module in model.named_modules()
@@ -106,30 +127,57 @@ def speedup(model: nn.Module, x: Tensor) -> nn.Module:
     return ModelSpeedup(model, x, masks).speedup_model()  # type: ignore[no-any-return]
 
 
+def _fit_nni_to_torch() -> None:
+    """NNI 3.0 is older than today's torch: its tracer stops at functions that name no module, and at a new argument."""
+    from nni.common.concrete_trace_utils import concrete_tracer as tracer
+
+    leaves = tracer.ConcreteTracer.default_autowrap_leaf_function
+    known = ("_TensorBase", "_VariableFunctionsClass")
+    for function in list(leaves):
+        is_plain = type(function).__name__ not in ("method_descriptor", "method-wrapper")
+        if is_plain and function.__module__ is None and not function.__qualname__.startswith(known):
+            del leaves[function]
+    is_impure = tracer.node_is_impure_wrapper
+    tracer.node_is_impure_wrapper = lambda node, impure_random=True: is_impure(node)
+
+
 def openvino(model: nn.Module, x: Tensor) -> nn.Module:
     """OpenVINO's offline pruning transformation."""
     import openvino as library
     from openvino._offline_transformations import apply_pruning_transformation
 
     converted = library.convert_model(model, example_input=x)
+    n_before = _n_constants(converted)
     apply_pruning_transformation(converted)
-    return _Converted(converted)
+    return Converted(converted, _n_constants(converted) / n_before)
 
 
-class _Converted(nn.Module):
-    """An OpenVINO model that is called like a module; `n_weights` counts its float constants of two and more axes."""
+def convert(model: nn.Module, x: Tensor) -> nn.Module:
+    """A model as OpenVINO runs it, nothing pruned."""
+    import openvino as library
 
-    def __init__(self, converted: Any) -> None:
+    return Converted(library.convert_model(model, example_input=x), 1.0)
+
+
+def _n_constants(converted: Any) -> int:
+    """Numbers in its float constants: weights, and what it makes of norms."""
+    constants = [op for op in converted.get_ops() if op.get_type_name() == "Constant"]
+    return sum(op.data.size for op in constants if op.get_element_type().is_real())
+
+
+class Converted(nn.Module):
+    """An OpenVINO model that is called like a module, on one thread; ``share`` of the constants are left."""
+
+    def __init__(self, converted: Any, share: float) -> None:
         import openvino as library
 
         super().__init__()
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
         self.compiled = library.compile_model(converted, "CPU", options)
-        constants = [op for op in converted.get_ops() if op.get_type_name() == "Constant"]
-        floats = [op for op in constants if op.get_element_type().is_real()]
-        self.n_weights = sum(op.data.size for op in floats)
+        self.share = share
 
     def forward(self, x: Tensor) -> Tensor:
+        """One run in its engine."""
         return torch.from_numpy(self.compiled(x.numpy())[0])
 
 
@@ -142,5 +190,5 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "OpenVINO": openvino,
     "NNI": speedup,
 }
-SINGLE = ("torch-simplify", "OpenVINO")
+SINGLE = ("torch-simplify", "OpenVINO", "NNI")
 """Tools that only know float32; all others get float64, where rounding hides nothing."""

@@ -10,12 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from srfx.apply.heads import head_sizes, own_sizes
-from srfx.apply.layers import norm_of, parent_of, readers, settings
+from srfx.apply.heads import head_sizes, head_widths, own_sizes
+from srfx.apply.layers import (
+    ChannelsFirstLayerNorm,
+    is_channels_first,
+    norm_of,
+    parent_of,
+    readers,
+    settings,
+)
 from srfx.apply.outputs import FullRows, full_rows
 from srfx.errors import ApplyError, PlanError, VerificationError
 from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
+from srfx.nn import CompensatedLayerNorm
 from srfx.record.attach import record_of
 from srfx.record.keep_plan import KeepPlan, TensorPlan, resizes_by
 from srfx.record.record import Record
@@ -80,6 +88,8 @@ def apply_(module: nn.Module, small: fx.GraphModule, *, inputs: Any = None, kwar
         found = _compare(small, module, record, inputs, kwargs)
         if found is not None and change.correct_heads():
             found = _compare(small, module, record, inputs, kwargs)
+        if found is None:
+            _tell_heads(small, module, record, inputs, kwargs)
     except BaseException:
         before.restore()
         raise
@@ -218,7 +228,7 @@ class _Change:
     def resize(self) -> None:
         for tensor, value in self.values.values():
             tensor.grad = None
-            tensor.data = value.detach().to(tensor.device, copy=True)
+            _put(tensor, value.detach().to(tensor.device, copy=True))
         for name, value in self.biases.items():
             path, _, last = name.rpartition(".")
             self.module.get_submodule(path)._parameters[last] = nn.Parameter(value.detach().clone())
@@ -236,6 +246,9 @@ class _Change:
     def _put_norm(self, path: str, norm: nn.Module) -> None:
         old = self.module.get_submodule(path)
         new = copy.deepcopy(norm).train(old.training)
+        is_own = type(old) is not nn.LayerNorm and type(new) is CompensatedLayerNorm
+        if is_own and is_channels_first(self.small, path, self.reads):
+            new.__class__ = ChannelsFirstLayerNorm
         for name, tensor in _own(old).items():
             if name in new._parameters and isinstance(tensor, nn.Parameter):
                 new._parameters[name] = tensor  # the same object, for optimizers
@@ -282,12 +295,35 @@ class _Snapshot:
                 else:
                     live[key] = value
         for tensor, data, grad in self.tensors:
-            tensor.data = data
+            _put(tensor, data)
             tensor.grad = grad
+
+
+def _put(tensor: Tensor, data: Tensor) -> None:
+    """Replace what a tensor holds.
+
+    A graph that is still alive (the loss of the last step) remembers the old shape for the tensor's gradients, and would for
+    those of later graphs too; torch forgets it only when the dtype changes, so the dtype changes on the way.
+    """
+    other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+    if tensor.shape != data.shape and tensor.is_floating_point():
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
 
 
 def _shallow(value: Any) -> Any:
     return dict(value) if type(value) is dict else value
+
+
+def _tell_heads(small: fx.GraphModule, module: nn.Module, record: Record, inputs: Any, kwargs: Any) -> None:
+    """Correct what nothing reads in a forward but code that puts in a new head; taken back when a forward did read it."""
+    found = head_widths(module, record.plan)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in found]
+    for owner, name, value in found:
+        setattr(owner, name, value)
+    if found and _compare(small, module, record, inputs, kwargs) is not None:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _compare(

@@ -55,6 +55,29 @@ def head_sizes(module: nn.Module, path: str, plan: KeepPlan) -> dict[str, int]:
     return {k: v for k, v in found.items() if known[k] != v}
 
 
+def head_widths(root: nn.Module, plan: KeepPlan) -> list[tuple[nn.Module, str, int]]:
+    """What the modules around the last layer keep about the width that it reads: code that makes a new head looks there.
+
+    Returns: module, attribute, new value.
+    """
+    layers = [
+        (path, layer)
+        for path, layer in root.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    if not layers:
+        return []
+    path, layer = layers[-1]
+    tensor = next((t for t in plan.tensors if f"{path}.weight" in (t.name, *t.aliases)), None)
+    if tensor is None or tensor.shape[1] == layer.weight.shape[1]:
+        return []
+    parts = path.split(".")[:-1]
+    around = [root.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+    own = [m for m in around if not type(m).__module__.startswith("torch.nn.")]
+    new = int(layer.weight.shape[1])
+    return [(m, k, new) for m in own for k, value in _ints(m).items() if value == tensor.shape[1]]
+
+
 def _ints(module: nn.Module) -> dict[str, int]:
     return {k: v for k, v in vars(module).items() if type(v) is int and not k.startswith("_")}
 

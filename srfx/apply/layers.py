@@ -103,6 +103,33 @@ def norm_of(
     return None
 
 
+class ChannelsFirstLayerNorm(CompensatedLayerNorm):
+    """A compensated layer norm over axis 1 of pictures, in the place of the classes that torchvision and timm have for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [N, K, H, W] -> the same, axis 1 longer by what the norm emits."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def is_channels_first(
+    small: fx.GraphModule, path: str, reads: dict[str, list[tuple[fx.Node, dict[str, Any]]]]
+) -> bool:
+    """Whether a norm that is no leaf of the graph turns pictures around itself, before and after."""
+    calls = reads.get(f"{path}.weight", [])
+    if len(calls) != 1 or not isinstance(calls[0][0].args[0], fx.Node):
+        return False
+    node = calls[0][0]
+    turns = [_permutation(n) for n in (node.args[0], *node.users)]
+    return turns[0] == (0, 2, 3, 1) and all(t == (0, 3, 1, 2) for t in turns[1:])
+
+
+def _permutation(node: Any) -> tuple[int, ...]:
+    if node.target not in ("permute", torch.permute, torch.ops.aten.permute.default):
+        return ()
+    dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return tuple(dims)
+
+
 def settings(
     layer: nn.Module, calls: list[tuple[fx.Node, dict[str, Any]]], twin: nn.Module | None
 ) -> dict[str, Any] | None:

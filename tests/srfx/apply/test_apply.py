@@ -145,6 +145,80 @@ def test_the_plan_resizes_too(tmp_path: Path) -> None:
     assert relative_error(wanted, net(TOKENS)) < 1e-5
 
 
+class Classifier(nn.Module):
+    """The conventions of model libraries: a width that code for new heads reads, and a norm over axis 1 of pictures."""
+
+    class Norm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.permute(0, 2, 3, 1)
+            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            return x.permute(0, 3, 1, 2)
+
+    def __init__(self, n_classes: int = 5) -> None:
+        super().__init__()
+        self.num_features = 12
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), self.Norm(12)
+        self.mix, self.body = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1)
+        self.reset_classifier(n_classes)
+
+    def reset_classifier(self, n_classes: int) -> None:
+        self.fc = nn.Linear(self.num_features, n_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(self.mix(self.norm(self.stem(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("route", ["symbolic", "export"])
+def test_heads_of_model_libraries(route: str) -> None:
+    net = randomized(Classifier())
+    kill(net.stem, rows=[1, 2, 5])
+    kill(net.body, rows=[0, 3])
+    small = srfx.minimize(trace(net, (IMAGES,), route), IMAGES)
+    wanted = net(IMAGES)
+    srfx.apply_(net, small)
+    assert net.stem.out_channels == net.norm.weight.numel() == 9
+    assert relative_error(wanted, net(IMAGES)) < 1e-5
+    assert net.num_features == 10
+    net.reset_classifier(7)
+    assert net(torch.randn(3, 3, 6, 10)).shape == (3, 7)
+    assert net.forward_features(IMAGES).shape == (2, 10, 8, 8)
+
+
+def test_training_goes_on_while_the_last_loss_is_still_there() -> None:
+    """Torch keeps the shape of a parameter's gradient with any graph that is alive."""
+    net = masked(randomized(ResNet())).train()
+    loss = net(IMAGES).square().mean()
+    small = srfx.minimize(net.eval(), IMAGES)
+    srfx.apply_(net, small)
+    optimizer = torch.optim.SGD(net.train().parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        after = net(IMAGES).square().mean()
+        after.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+    assert loss.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mixer_s32_224"])
+def test_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    x = torch.randn(2, 3, 64, 64)
+    options = {"img_size": 64} if name.startswith("mixer") else {}
+    net = masked(randomized(timm.create_model(name, num_classes=10, **options)))
+    small = srfx.minimize(net, x)
+    wanted = net(x)
+    srfx.apply_(net, small)
+    assert relative_error(wanted, net(x)) < 1e-5
+    net.reset_classifier(7)
+    assert net(x).shape == (2, 7)
+    net.train()(x).sum().backward()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_constant_outputs_get_their_rows_back(bias: bool) -> None:
     net = randomized(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5, bias=bias)))
