@@ -24,7 +24,7 @@ from srfx.errors import ApplyError, PlanError, VerificationError
 from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
 from srfx.nn import CompensatedLayerNorm
-from srfx.record.attach import record_of
+from srfx.record.attach import model_of, record_of
 from srfx.record.keep_plan import KeepPlan, TensorPlan, resizes_by
 from srfx.record.record import Record
 from srfx.verify import call_arguments, generated_specs, verify
@@ -102,8 +102,14 @@ def apply_(module: nn.Module, small: fx.GraphModule, *, inputs: Any = None, kwar
 
 
 @resizes_by
-def _apply_plan(plan: KeepPlan, module: nn.Module, small: nn.Module, inputs: Any, kwargs: Any) -> nn.Module:
+def _apply_plan(
+    plan: KeepPlan, module: nn.Module, small: nn.Module | None, inputs: Any, kwargs: Any
+) -> nn.Module:
     """`KeepPlan.apply_`."""
+    if small is None:
+        small = model_of(plan)
+        if small is None:
+            raise PlanError("the minimized model of this plan is no longer in memory: give it as `small`")
     record = record_of(small)
     if record is not None and record.plan != plan:
         raise PlanError(

@@ -19,7 +19,7 @@ VERSION = 1
 """Version of the JSON form; a reader refuses any other."""
 
 
-Resize = Callable[["KeepPlan", nn.Module, nn.Module, Any, Any], nn.Module]
+Resize = Callable[["KeepPlan", nn.Module, nn.Module | None, Any, Any], nn.Module]
 """Brings a plan into a user's own module, given the small one, inputs and keyword arguments; `srfx.apply` stands above
 this layer and hands it down."""
 
@@ -182,13 +182,14 @@ class KeepPlan:
         carry_optimizer(self, optimizer, before, after)
 
     def apply_(
-        self, module: nn.Module, small: nn.Module, *, inputs: Any = None, kwargs: Any = None
+        self, module: nn.Module, small: nn.Module | None = None, *, inputs: Any = None, kwargs: Any = None
     ) -> nn.Module:
         """Resize the module that was minimized, in place, to what this plan keeps: `srfx.apply_` for this plan.
 
         Args:
             module: what was minimized, or another instance of the same architecture.
-            small: the result that this plan is of, also after training or `srfx.load`; it has the values.
+            small: the result that this plan is of, also after training or `srfx.load`; it has the values.  Can be
+                left out as long as it is in memory.
             inputs: positional arguments to compare on; without, some are made up.
             kwargs: keyword arguments.
 
@@ -197,7 +198,7 @@ class KeepPlan:
 
         Raises:
             ApplyError: what cannot be resized; ``module`` is unchanged.
-            PlanError: ``small`` is of another plan, or was not made by `srfx.minimize`.
+            PlanError: ``small`` is of another plan, was not made by `srfx.minimize`, or was left out and is gone.
         """
         return _RESIZE[0](self, module, small, inputs, kwargs)
 

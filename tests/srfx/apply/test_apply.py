@@ -143,6 +143,9 @@ def test_the_plan_resizes_too(tmp_path: Path) -> None:
     assert plan.apply_(net, small, inputs=TOKENS) is net
     assert count(net) == count(small)
     assert relative_error(wanted, net(TOKENS)) < 1e-5
+    assert (
+        relative_error(wanted, plan.apply_(Mixer().eval())(TOKENS)) < 1e-5
+    )  # the small model is still there
 
 
 class Classifier(nn.Module):
