@@ -1,12 +1,13 @@
-"""Minimize every CNN of torchvision and one of each timm family, with random masks; print a table.
+"""Minimize every CNN of torchvision and one of each timm family, with random masks; write docs/sweep.md.
 
-    python -m benchmarks.sweep                      all of both collections, both ways of tracing
-    python -m benchmarks.sweep torchvision resnet   those whose name contains "resnet"
+    python -m benchmarks.sweep                      all of both collections, both ways of tracing; resumes
+    python -m benchmarks.sweep torchvision resnet   those whose name contains "resnet"; nothing is written
     python -m benchmarks.sweep timm -r export --json out/sweep.json
+    python -m benchmarks.sweep --fresh              measure again what benchmarks/results/sweep.json has
 
-Columns: parameters before and after (millions), largest error of the output relative to its largest entry, in
-float64, at the picture size of tracing and (by torch.fx) at another one, seconds for minimize(), refusals by
-reason, ops without a rule by count.
+Each model runs in a process of its own. Columns: parameters before and after (millions), largest error of the output
+relative to its largest entry, in float64, at the picture size of tracing and (by torch.fx) at another one, seconds for
+minimize(), refusals by reason, ops without a rule by count.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from srfx.ir.plan import Reason
-from tests.helpers import count, masked, plan_of, recalibrated, relative_error
+from tests.helpers import ROUTES, count, masked, plan_of, recalibrated, relative_error
 from tests.snapshots import trace
 
 SIZES = {
@@ -49,7 +52,10 @@ TIMM = (
     "spnasnet_100", "starnet_s1", "test_byobnet", "test_efficientnet", "test_resnet", "tinynet_e", "tf_efficientnetv2_b0",
     "vargface", "vovnet39a", "wide_resnet50_2", "xception41", "xcit_nano_12_p16_224",
 )  # fmt: skip
-LIMIT = 150_000_000
+EXACT = 1e-9
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "sweep.json"
+PAGE = ROOT / "docs" / "sweep.md"
 
 
 def torchvision_names() -> list[str]:
@@ -101,14 +107,15 @@ def largest(model: nn.Module, small: nn.Module, x: Tensor) -> float:
     return relative_error(wanted, found) if bool(torch.isfinite(wanted).all()) else float("nan")
 
 
-def run(collection: str, name: str, routes: list[str], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """One row for each way of tracing."""
+def run(
+    collection: str, name: str, routes: list[str], seed: int = 0, most: float = float("inf")
+) -> Iterator[dict[str, Any]]:
+    """One row for each way of tracing; none when the model has more than ``most`` parameters."""
     size = SIZES.get(f"{collection}/{name}", SIZES.get(name, 64))
     g = torch.Generator().manual_seed(seed + 1)
     model = build(collection, name)
     before = count(model)
-    if before > LIMIT:
-        yield {"model": name, "skipped": f"{before / 1e6:.0f} M parameters"}
+    if before > most:
         return
     x = torch.randn(2, 3, size, size, generator=g, dtype=torch.float64)
     other = torch.randn(3, 3, size + 32, size, generator=g, dtype=torch.float64)
@@ -142,56 +149,150 @@ def run(collection: str, name: str, routes: list[str], seed: int = 0) -> Iterato
         gc.collect()
 
 
+def family(collection: str, name: str) -> str:
+    """The file of the collection that defines the model."""
+    if collection == "torchvision":
+        import torchvision.models as zoo
+
+        return zoo.get_model_builder(name).__module__.rpartition(".")[2]
+    import timm
+
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]  # type: ignore[no-any-return]
+
+
+def _work(pipe: Connection, *what: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    rows: list[dict[str, Any]] = []
+    try:
+        rows.extend(run(*what))
+    except Exception as error:  # noqa: BLE001 - a crash is the row's result
+        rows.append({"model": what[1], "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+    pipe.send(rows)
+
+
+def in_child(
+    collection: str, name: str, routes: list[str], seed: int, most: float, limit_s: float
+) -> list[dict[str, Any]]:
+    """`run` in a forked process with a time limit."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_work, args=(theirs, collection, name, routes, seed, most))
+    child.start()
+    theirs.close()
+    try:
+        late = {"model": name, "failed": f"no end within {limit_s:.0f} s"}
+        rows: list[dict[str, Any]] = ours.recv() if ours.poll(limit_s) else [late]
+    except EOFError:
+        rows = [{"model": name, "failed": "the process died"}]
+    child.kill()
+    child.join()
+    return [{"collection": collection, "family": family(collection, name), **row} for row in rows]
+
+
 def text(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """A row for the terminal."""
     head = f"{row['model']:26s} {row.get('route', ''):8s}"
     if "skipped" in row:
         return f"{head} {row['skipped']}"
     if "failed" in row:
         return f"{head} FAILED {row['failed']}"
     share = 100 * row["after"] / row["before"]
-    notes = " ".join(f"{k}:{v}" for k, v in {**row["refusals"], **row["unknown"]}.items())
     return (f"{head} {row['before'] / 1e6:8.2f} {row['after'] / 1e6:8.2f} {share:5.1f}% {row['error']:8.1e} "
-            f"{row['seconds']:6.1f}s {notes}")  # fmt: skip
+            f"{row['seconds']:6.1f}s {_notes(row)}")  # fmt: skip
+
+
+def _notes(row: dict[str, Any]) -> str:
+    return " ".join(f"{k}:{v}" for k, v in {**row["refusals"], **row["unknown"]}.items())
+
+
+def summary(rows: list[dict[str, Any]], collection: str) -> str:
+    """A line of counts: what was run, and the largest error."""
+    ours = [r for r in rows if r["collection"] == collection]
+    cells = [collection, len({r["model"] for r in ours}), len({r["family"] for r in ours if "error" in r})]
+    for route in ROUTES:
+        cells.append(sum(r.get("route") == route and "error" in r for r in ours))
+    cells.append(sum("skipped" in r for r in ours))
+    cells.append(sum("failed" in r or not r.get("error", 0.0) <= EXACT for r in ours))
+    worst = max((r["error"] for r in ours if "error" in r), default=float("nan"))
+    return "| " + " | ".join(map(str, [*cells, f"{worst:.1e}"])) + " |"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/sweep.md."""
+    import timm
+    import torchvision
+
+    collections = list(dict.fromkeys(r["collection"] for r in rows))
+    head = f"""# Convolutional networks
+
+Written by `python -m benchmarks.sweep` (torch {torch.__version__}, torchvision {torchvision.__version__}, timm
+{timm.__version__}).
+
+Every classification network of torchvision that is convolutional, and one small network of each convolutional
+family of timm: built with random weights, biases and statistics moved away from their defaults, masked (30 % dead
+rows with their biases left, 10 % dead columns, 30 % zeros besides, 10 % of the batch norm scales zero), traced by
+`torch.fx.symbolic_trace` and by `torch.export.export` with a dynamic batch, minimized. *Error* is the largest
+difference of an output relative to its largest entry, in float64, at the picture size of tracing and (symbolic) at a
+picture that is larger and not square. *Wrong* counts errors above {EXACT:g} and crashes.
+
+| collection | models | families | symbolic | export | do not trace | wrong | largest error |
+|---|---:|---:|---:|---:|---:|---:|---:|
+"""
+    lines = [summary(rows, c) for c in collections]
+    lines += ["", "*Kept* is what stays because the op at that site cannot lose it: sites by reason "
+              "(`srfx.report` names each), and calls of ops without a rule.", "",
+              "| model | traced by | parameters | after | left | error | kept |", "|---|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    for r in rows:
+        name = f"{r['collection']} {r['model']} | {r.get('route', '')}"
+        if "error" not in r:
+            lines.append(f"| {name} | | | | | {r.get('skipped', r.get('failed'))} |")
+            continue
+        share = 100 * r["after"] / r["before"]
+        lines.append(
+            f"| {name} | {r['before']:,} | {r['after']:,} | {share:.1f} % | {r['error']:.0e} | {_notes(r)} |"
+        )
+    return head + "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Run the sweep and print the table."""
+    """Run the sweep, print the table; a run over everything writes the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("collection", nargs="?", choices=("torchvision", "timm"))
     parser.add_argument("contains", nargs="?", default="")
-    parser.add_argument("-r", "--route", action="append", choices=("symbolic", "export"))
+    parser.add_argument("-r", "--route", action="append", choices=ROUTES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--fresh", action="store_true", help="forget the results of an earlier run")
+    parser.add_argument(
+        "--most", type=float, default=float("inf"), help="leave models with more parameters for later"
+    )
+    parser.add_argument("--limit-s", type=float, default=1800.0)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = []
+    is_all = not options.collection and not options.contains and not options.route
+    path = options.json or (RESULT if is_all else None)
+    rows: list[dict[str, Any]] = []
+    if path and path.exists() and not options.fresh:
+        rows = json.loads(path.read_text())
+    known = {(r["collection"], r["model"]) for r in rows}
     for collection, names in (("torchvision", torchvision_names), ("timm", timm_names)):
         if options.collection not in (None, collection):
             continue
         for name in names():
-            if options.contains not in name:
+            if options.contains not in name or (collection, name) in known:
                 continue
-            try:
-                for row in run(collection, name, options.route or ["symbolic", "export"], options.seed):
-                    rows.append(row)
-                    print(text(row), flush=True)
-            except (
-                ArithmeticError,
-                AssertionError,
-                AttributeError,
-                LookupError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
-                rows.append({"model": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
-                print(text(rows[-1]), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
+            routes = options.route or list(ROUTES)
+            new = in_child(collection, name, routes, options.seed, options.most, options.limit_s)
+            rows.extend(new)
+            print(*map(text, new), sep="\n", flush=True)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(rows, indent=1) + "\n")
+    if is_all:
+        PAGE.write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -48,16 +48,18 @@ def analyse(
         facts.siblings = siblings((site.rule, site.call) for site in found)
         facts.ranks = torch.zeros(labels.table.size, dtype=torch.int8)
         constancy(facts, found)
+        liveness(facts, found)
         for has_presence in (False, True):  # the statistics of a norm may be all that an axis needs to keep
             _settle(facts, found, has_presence)
             while _choose_carriers(facts, found) or _choose_emitted(facts, found):
+                liveness(facts, found)
                 _settle(facts, found, has_presence)
     return facts, found
 
 
 def _settle(facts: FactTable, found: list[Site], has_presence: bool) -> None:
+    """Let the kept set grow to its fixpoint; liveness is that of the kept set before and after."""
     while True:
-        liveness(facts, found)
         seed = live_labels(facts) | facts.kept
         if facts.demanded is None:
             facts.demanded = seed
@@ -66,6 +68,7 @@ def _settle(facts: FactTable, found: list[Site], has_presence: bool) -> None:
         if torch.equal(kept, facts.kept):
             return
         facts.kept = kept
+        liveness(facts, found)
 
 
 def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
@@ -105,8 +108,7 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
         taken = site.rule.taken(site.call, facts) if isinstance(site.rule, Contraction) else None
         if taken is not None:
             readers.setdefault(taken[0], []).append((site, taken[1]))
-    again = not facts.settled_once
-    facts.settled_once = True
+    again = False
     for site in found:
         if isinstance(site.rule, LayerNorm):
             gone, names = torch.zeros(0, dtype=torch.bool), set[str]()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.program import Param, Program, Value
+from srfx.ir.program import Param, Program, Value, named_tensors
 
 ALIASES = {
     "self": "input",
@@ -43,6 +43,7 @@ class Call:
         self.module = program.modules[str(node.target)] if node.op == "call_module" else None
         self.signature = signature
         self.bound = self._bind()
+        self._named: dict[str, Value | None] = {}
 
     # ------------------------------------------------------------------ reading
     def __getitem__(self, name: str) -> Any:
@@ -71,11 +72,16 @@ class Call:
         return fx.node.map_arg(raw, concrete)
 
     def value(self, name: str) -> Value | None:
-        """The tensor operand of this name as a Value, or None when it is absent or not a tensor."""
-        try:
-            return self.as_value(self[name])
-        except KeyError:
-            return None
+        """The tensor operand of this name as a Value, or None when it is absent or not a tensor.
+
+        What it was when first asked for: rules ask many times, and nothing is written while they do.
+        """
+        if name not in self._named:
+            try:
+                self._named[name] = self.as_value(self[name])
+            except KeyError:
+                self._named[name] = None
+        return self._named[name]
 
     def as_value(self, raw: Any) -> Value | None:
         """A raw argument as a Value, or None when it is no tensor."""
@@ -90,7 +96,7 @@ class Call:
             for value in self._tensors_of(node):
                 found[value] = None
         if self.module is not None:
-            for tensor in (*self.module.parameters(), *self.module.buffers()):
+            for _, tensor in named_tensors(self.module):
                 found[self.program.param(tensor)] = None
         return list(found)
 
@@ -111,7 +117,7 @@ class Call:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Concrete hint shape of a tensor result."""
-        return tuple(int(s) for s in self.output.shape)
+        return self.program.shape(self.node)
 
     @property
     def where(self) -> str:

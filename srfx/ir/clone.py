@@ -24,7 +24,9 @@ _CALL_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_DICTS = (dict, OrderedDict)
+_CONTAINERS = (defaultdict, list, set)
+_PLAIN = frozenset({bool, int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType})
 
 
 def clone_structure(module: nn.Module, tensor_map: TensorMap | None = None) -> nn.Module:
@@ -118,11 +120,16 @@ class _Cloner:
 
     def value(self, value: Any) -> Any:
         """What an attribute becomes: containers are copied, modules and bound methods lead into the clone."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind in _DICTS:
+            return kind((key, self.value(item)) for key, item in value.items())
         if isinstance(value, nn.Module):
             return self.module(value)
         if isinstance(value, torch.Tensor):
             return self.tensor(value)
-        if type(value) in _CONTAINERS:
+        if kind in _CONTAINERS:
             new = copy.copy(value)
             if isinstance(new, dict):
                 for key, item in value.items():
@@ -130,11 +137,11 @@ class _Cloner:
             elif isinstance(new, list):
                 new[:] = [self.value(item) for item in value]
             return new
-        if type(value) is tuple:
+        if kind is tuple:
             return tuple(self.value(item) for item in value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.module(value.__self__))
-        if type(value) is functools.partial:
+        if kind is functools.partial:
             args = [self.value(item) for item in value.args]
             return functools.partial(self.value(value.func), *args, **self.value(dict(value.keywords)))
         return value

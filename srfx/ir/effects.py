@@ -70,10 +70,11 @@ def is_mutating(node: fx.Node) -> bool:
     batch norms that update running statistics.  ``x += 1`` on an int is reported too: nothing here knows
     types.
     """
+    if node.op == "call_module":
+        module = _module_of(node)
+        return _updates(module) or bool(getattr(module, "inplace", False))
     if updates_statistics(node):
         return True
-    if node.op == "call_module":
-        return bool(getattr(_module_of(node), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     target, name = node.target, op_name(node)
@@ -98,12 +99,14 @@ def is_mutating(node: fx.Node) -> bool:
 def updates_statistics(node: fx.Node) -> bool:
     """Whether a node is a batch or instance norm that updates running statistics (its result is fresh)."""
     if node.op == "call_module":
-        module = _module_of(node)
-        if not isinstance(module, nn.modules.batchnorm._NormBase):
-            return False
-        return module.training and module.track_running_stats
+        return _updates(_module_of(node))
     name = op_name(node)
     return node.op == "call_function" and name in _NORMS_WITH_STATE and _norm_updates(node, name)
+
+
+def _updates(module: nn.Module | None) -> bool:
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return is_norm and module.training and module.track_running_stats
 
 
 _INPLACE_METHODS = frozenset(f"__{fn.__name__.strip('_')}__" for fn in INPLACE_OPERATORS)

@@ -48,7 +48,8 @@ class Program:
         self.modules: dict[str, torch.nn.Module] = dict(gm.named_modules(remove_duplicate=False))
         self._params: dict[int, Param] = {}
         self._finite: dict[Param, bool] = {}
-        for name, tensor in _named_tensors(gm):
+        self._shapes: dict[fx.Node, tuple[int, ...]] = {}
+        for name, tensor in named_tensors(gm):
             self._params.setdefault(id(tensor), Param(tensor)).names.append(name)
         self._attributes: dict[fx.Node, Param] = {}
         self._count_sites()
@@ -79,7 +80,7 @@ class Program:
             if node.op == "get_attr" and self._attributes.get(node) is param:
                 found |= dict.fromkeys(node.users)
             elif node.op == "call_module" and any(
-                t is param.tensor for _, t in _named_tensors(self.modules[str(node.target)])
+                t is param.tensor for _, t in named_tensors(self.modules[str(node.target)])
             ):
                 found[node] = None
         return list(found)
@@ -88,7 +89,9 @@ class Program:
         """Concrete hint shape of a tensor value."""
         if isinstance(value, Param):
             return value.shape
-        return tuple(int(s) for s in self.hints[value].shape)
+        if value not in self._shapes:  # fake tensors are slow to ask
+            self._shapes[value] = tuple(int(s) for s in self.hints[value].shape)
+        return self._shapes[value]
 
     def has_attribute(self, path: str) -> bool:
         """Whether the tree has something under this path (an empty slot, as of a missing bias, is nothing)."""
@@ -160,7 +163,7 @@ class Program:
                     self._attributes[node] = param
                     uses[id(tensor)] += sum(list(_flat(u)).count(node) for u in node.users)
             elif node.op == "call_module":
-                for _, tensor in _named_tensors(self.modules[node.target]):
+                for _, tensor in named_tensors(self.modules[node.target]):
                     uses[id(tensor)] += 1
         for key, param in self._params.items():
             param.n_sites = uses[key]
@@ -172,6 +175,11 @@ def _flat(node: fx.Node) -> Iterator[fx.Node]:
     return iter(found)
 
 
-def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a module and all below it, under every name."""
+    if not module._modules:  # most called modules: no walk is needed
+        for own in (module._parameters, module._buffers):
+            yield from ((name, tensor) for name, tensor in own.items() if tensor is not None)
+        return
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)

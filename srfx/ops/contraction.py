@@ -24,10 +24,9 @@ class Contraction(ContractionFacts):
         calls = (call,) if private else facts.siblings.get(call.node, ())
         if self.refused(call) is not None or not calls:
             return []
-        c = self.known(call, facts)
+        c, varies, value = self._operand(call, facts)
+        varies, value = flat_positions(varies)[0], flat_positions(value)[0]
         # [G, C]: the constants that go have no outer positions
-        value = flat_positions(self._by_group(call, c.value.double().cpu()))[0]
-        varies = flat_positions(self._by_group(call, c.varies.cpu()))[0]
         still = ~varies if private else self.agreed(call, facts)
         rows, wanted = self._needs(calls, facts)
         reads = self._reads(call, facts)
@@ -37,14 +36,15 @@ class Contraction(ContractionFacts):
         gone = (
             (gone.flatten(0, -2).any(0) & read[0]) if gone is not None else torch.zeros(0, dtype=torch.bool)
         )
-        used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
         edits: list[GraphEdit] = []
         w, shift = self.w(call), torch.zeros(rows.shape, dtype=torch.float64)
         assert isinstance(w, Param)
         weight = w.tensor.detach()
         carried = self.has_border(call) and bool((absorbed != 0).any())
-        is_changed = carried or bool((reads & ~used.to(torch.uint8) & 1).amax() > 0) or bool(gone.any())
+        is_more = bool((read & ~wanted).any()) or bool(columns_read(~rows, reads).any())
+        is_changed = carried or is_more or bool(gone.any())
         if is_changed and call.node is self._writer(calls, facts):
+            used = rows.unsqueeze(2) & wanted.unsqueeze(1)  # [G, R, C]
             mask = self.unmatrix(call, used.to(weight.device), weight)
             new = torch.where(mask, weight, 0).contiguous()  # `matrix` has to be a view
             if carried:

@@ -198,6 +198,14 @@ class ContractionFacts(OpRule):
         """Constancy of the operand; subclasses settle it along the axes that the op mixes."""
         return facts.constancy(self.x(call))
 
+    def _operand(self, call: Call, facts: FactTable) -> tuple[Constancy, Tensor, Tensor]:
+        """`known`, and by group which channels vary and the value of those that do not, [outer.., G, C]."""
+        if call.node not in facts.operands:
+            c = self.known(call, facts)
+            varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+            facts.operands[call.node] = c, varies, value
+        return facts.operands[call.node]
+
     def _reads(self, call: Call, facts: FactTable) -> Tensor:
         """Which rows read which columns, [G, R, C] uint8."""
         w = self.w(call)
@@ -234,8 +242,8 @@ class ContractionFacts(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         if self.refused(call) is not None:
             return super().forward(call, facts)
-        c, reads = self.known(call, facts), self._reads(call, facts)
-        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        _, varies, value = self._operand(call, facts)
+        reads = self._reads(call, facts)
         disturbing = varies | (value != 0) if self.has_border(call) else varies
         moved = rows_reading(disturbing, reads)
         result = self._fold_value(call, torch.where(disturbing, 0.0, value))
@@ -287,8 +295,8 @@ class ContractionFacts(OpRule):
     def _wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
         """Channels this call reads in its folded form, [outer.., G, C]."""
         x = self.x(call)
-        c, reads = self.known(call, facts), self._reads(call, facts)
-        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        c, varies, value = self._operand(call, facts)
+        reads = self._reads(call, facts)
         read = columns_read(self._rows_by_group(call, live), reads)
         if not self.is_private(call, facts):
             kept = self._by_group(call, facts.kept_channels(x))
@@ -372,8 +380,7 @@ class ContractionFacts(OpRule):
             return None
         if not self.has_border(call) or not self.is_private(call, facts):
             return None
-        c = self.known(call, facts)
-        varies, value = self._by_group(call, c.varies.cpu()), self._by_group(call, c.value.double().cpu())
+        _, varies, value = self._operand(call, facts)
         read = columns_read(self._rows_by_group(call, live), self._reads(call, facts))
         border = (read & ~varies & (value != 0)).flatten(0, -2).any(0)
         return border if bool(border.any()) else None

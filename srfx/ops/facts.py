@@ -131,6 +131,7 @@ class FactTable:
     shifts: norm node -> c of the statistic (mu - c) r.
     closed: norm nodes that lose no channel for want of places for their statistics.
     siblings: contraction -> all calls that share its weight and bias, and may change them together.
+    cache, operands: what rules derive from weights and from constancy, to derive it once.
     ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
     """
 
@@ -142,7 +143,7 @@ class FactTable:
     kept: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool))
     carriers: dict[Value, int] = field(default_factory=dict)
     cache: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    settled_once: bool = False
+    operands: dict[fx.Node, tuple[Constancy, Tensor, Tensor]] = field(default_factory=dict)
     _layouts: dict[Value, Shape] = field(default_factory=dict)
     emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
     shifts: dict[Hashable, float] = field(default_factory=dict)
