@@ -105,8 +105,9 @@ def updates_statistics(node: fx.Node) -> bool:
 
 
 def _updates(module: nn.Module | None) -> bool:
-    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
-    return is_norm and module.training and module.track_running_stats
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    return module.training and module.track_running_stats
 
 
 _INPLACE_METHODS = frozenset(f"__{fn.__name__.strip('_')}__" for fn in INPLACE_OPERATORS)
