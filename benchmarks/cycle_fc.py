@@ -3,8 +3,8 @@
 `srfx.SqueezeRelease` goes through its cycles: a group penalty, pruning by magnitude, minimize with ragged reads (input
 pixels that nobody reads are left out), release.  The first network with at least 45 and the first with at least 75 times
 fewer parameters are taken, whatever their accuracy, and trained once more: on mixtures of two images each, taught by
-the labels and by the scores of the dense network, which was itself trained on for long.  A second run leaves all 784 pixels in, as minimize
-does without ragged reads.  The test images are looked at to draw the curve, and for nothing else.
+the labels and by the scores of the dense network, which was itself trained on for long.  A second run leaves all 784
+pixels in, as minimize does without ragged reads.  The test images are looked at to draw the curve, and for nothing else.
 
 With --ablation: the cycle with and without release, under a group penalty and under L1.
 
@@ -85,10 +85,11 @@ class Task:
             optimizer.param_groups[0]["lr"] = rate * falling
             batch = batches[step % n_steps]
             images, labels = self.images[batch], self.labels[batch]
-            if teacher is None:
-                loss = F.cross_entropy(model(images), labels)
-            else:
-                loss = self._taught(model, teacher, images, labels)
+            loss = (
+                F.cross_entropy(model(images), labels)
+                if teacher is None
+                else self._taught(model, teacher, images, labels)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -9,7 +9,8 @@ What each kind of tensor gets:
     rescaled RMS norm weight   the same, not rescaled (w' = c w has the gradient g / c, with c = sqrt(C / K))
     changed matrix entry       zero state: the column now multiplies another value (a norm's statistic, or a channel
                                that carries the constants of others into a padded convolution)
-    created (a new bias)       no state; it joins the group of a parameter of the same module, else the first group
+    created (a new bias)       no state; it joins the group of a parameter of the same module, else the first group.
+                               Fused SGD cannot do without: zero momentum, which comes to the same
     split (a fused projection) the parts count as created
     removed                    leaves its group with its state; a group may become empty, and stays
 """
@@ -68,7 +69,23 @@ def carry_optimizer(plan: KeepPlan, optimizer: Optimizer, before: nn.Module, aft
             placed[id(p)] = None
             if _is_new(name, plans.get(name), held, set(names.values())):
                 groups[_group_of(name, groups)].append((p, name))
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        if group.get("fused") and group.get("momentum"):
+            _fill_momentum([p for p, _ in members], state)
     _write(optimizer, groups, state)
+
+
+def _fill_momentum(members: list[Tensor], state: dict[Tensor, Any]) -> None:
+    """Zero momentum for created parameters of fused SGD, which steps with all buffers of a group or with none.
+
+    Its first step is then that of a parameter without state, times 1 - dampening.
+    """
+    key = "momentum_buffer"
+    if any((state.get(p) or {}).get(key) is not None for p in members):
+        for p in members:
+            held = state.setdefault(p, {})
+            if held is None or held.get(key) is None:
+                state[p] = {**(held or {}), key: torch.zeros_like(p)}
 
 
 def _result(found: TensorPlan | None, target: dict[str, nn.Parameter]) -> nn.Parameter | None:

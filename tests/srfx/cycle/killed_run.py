@@ -4,6 +4,9 @@ For each MOMENT a process is forked that starts or resumes the run in FOLDER and
 of its fifth ``os.replace``, ``fsync:7`` at its seventh ``os.fsync``, ``step:12`` at its twelfth optimizer step.  One more
 process then runs to the end, and writes what came of it to FOLDER.json.  (Forked, since importing torch takes longer
 than the runs.)
+
+With ``every:replace`` in place of the moments, one run is killed at its first ``os.replace`` and resumed, the next at its
+second, and so on until there is no further one; FOLDER.json then lists what came of each.
 """
 
 import json
@@ -106,14 +109,37 @@ def live(folder: str, until: str) -> None:
     Path(f"{folder}.json").write_text(json.dumps(summary(run)))
 
 
+def fork(folder: str, until: str) -> int:
+    """The status of one process."""
+    child = os.fork()
+    if not child:
+        live(folder, until)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def at_every(folder: str, what: str) -> None:
+    """One run for each event of a kind, killed there and resumed."""
+    found = []
+    while True:
+        one = f"{folder}/{len(found)}"
+        Path(one).mkdir(parents=True)
+        status = fork(one, f"{what}:{len(found) + 1}")
+        if status == 0:  # there are no more
+            break
+        if status != signal.SIGKILL or fork(one, "") != 0:
+            sys.exit(f"{what}:{len(found) + 1}: status {status}, and it does not go on")
+        found.append(json.loads(Path(f"{one}.json").read_text()))
+    Path(f"{folder}.json").write_text(json.dumps(found))
+
+
 def main(folder: str, moments: list[str]) -> None:
     """Fork a process for each moment; each has to die, the last one must not."""
+    if moments[0].startswith("every:"):
+        at_every(folder, moments[0].removeprefix("every:"))
+        return
     for until in [*moments, ""]:
-        child = os.fork()
-        if not child:
-            live(folder, until)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
+        status = fork(folder, until)
         expected = signal.SIGKILL if until else 0
         if status != expected:
             sys.exit(f"{until or 'the last process'}: status {status}, expected {expected}")

@@ -41,6 +41,22 @@ def test_a_killed_run_ends_as_a_whole_one(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["replace", "fsync", "step"])
+def test_killed_at_every_moment(tmp_path: Path, what: str) -> None:
+    """Before each rename, within each write, in each training step: all there is that could be lost or half done."""
+    whole = make(None)
+    whole.run()
+    command = [sys.executable, "-m", "tests.srfx.cycle.killed_run", str(tmp_path / "runs"), f"every:{what}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "runs.json").read_text())
+    wanted = json.loads(json.dumps(summary(whole)))
+    n_phases = len(whole.history)
+    assert len(found) >= (3 * n_phases if what != "step" else sum(r.n_steps for r in whole.history))
+    assert [i for i, one in enumerate(found) if one != wanted] == []
+
+
 def test_leaving_the_loop_and_going_on(tmp_path: Path) -> None:
     whole = make(None)
     whole.run()

@@ -19,7 +19,11 @@ from srfx.record.carry import cut
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "sgd-plain": lambda p: torch.optim.SGD(p, 0.1),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
     "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adam-foreach": lambda p: torch.optim.Adam(p, 0.01, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
     "amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, foreach=False),
     "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
