@@ -16,6 +16,7 @@ from srfx.passes import (  # noqa: F401
     raise_channel_shuffle,
     raise_linear,
     raise_norms,
+    raise_softmax,
     repeat_to_index_select,
     split_fused_projections,
     split_parameters,

@@ -3,6 +3,7 @@
 Before: w = t(weight); y = addmm(bias, x, w)      After: y = linear(x, weight, bias)
 Before: y = x @ weight.T  (mm, matmul)            After: y = linear(x, weight)         [the same sums]
 Before: y = bmm(x, expand(w))                     After: y = linear(x, weight), or matmul(x, w)
+Before: y = view(linear(x, weight)) + bias        After: y = view(linear(x, weight, bias))
 
 The weight then stands where rules look for it, its zeros are seen, there is a place for a bias that takes constants,
 and the result is the smaller graph.
@@ -27,7 +28,10 @@ from srfx.passes.base import Pass, register_pass
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.matmul.default, torch.mm, torch.matmul, operator.matmul)
 _METHODS = ("mm", "matmul")
-_REPEATS = (aten.expand.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_REPEATS = (aten.expand.default, *_VIEWS)
+_LINEAR = (aten.linear.default, F.linear)
+_SUMS = (operator.add, torch.add, aten.add.Tensor)
 _FLIPS = ("t", "numpy_T", "matrix_H", "mT", "adjoint")
 
 
@@ -41,9 +45,17 @@ class RaiseLinear(Edit):
     is_transposed: bool = True
 
 
+@dataclass(frozen=True)
+class TakeBias(Edit):
+    """The linear layer ``node``, which has no bias, adds the stored vector at ``path`` in place of the node ``sum``."""
+
+    sum: str = ""
+    path: str = ""
+
+
 @register_pass("raise-linear")
 class RaiseLinears(Pass):
-    """Turn addmm and mm with a transposed stored weight into linear, bmm with a repeated one too.
+    """Turn addmm and mm with a transposed stored weight into linear, bmm with a repeated one too; add what is a bias.
 
     Left alone: scaled addmm, a bias that is not one stored vector, a weight that is computed.
     """
@@ -69,11 +81,21 @@ class RaiseLinears(Pass):
                 bias, weight = node.args[0], _transposed(node.args[2])
                 if weight is not None and _stored_rank(bias) == 1:
                     edits.append(RaiseLinear(node.name, node.args[1].name, weight.name, bias.name))
+            elif node.target in _LINEAR and len(node.args) == 2 and not node.kwargs:
+                found = _added(node)
+                if found is not None:
+                    edits.append(TakeBias(node.name, *found))
         return Plan(edits)
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
-        assert isinstance(edit, RaiseLinear)
         nodes = {n.name: n for n in gm.graph.nodes}
+        if isinstance(edit, TakeBias):
+            node, sum_ = nodes[edit.node], nodes[edit.sum]
+            with gm.graph.inserting_before(node):
+                node.args = (*node.args, gm.graph.get_attr(edit.path))
+            sum_.replace_all_uses_with(sum_.args[0])  # type: ignore[arg-type]
+            return
+        assert isinstance(edit, RaiseLinear)
         node, names = nodes[edit.node], (edit.x, edit.weight, edit.bias)
         is_aten = isinstance(node.target, torch._ops.OpOverload)
         node.op, node.target = "call_function", aten.linear.default if is_aten else F.linear
@@ -102,6 +124,24 @@ def _repeated(node: object) -> fx.Node | None:
     stored = _transposed(node)
     shape = _stored_shape(node) if stored is None else _stored_shape(stored)[::-1]
     return node if len(shape) == 2 and all(tuple(sizes[-2:]) == shape for sizes in above) else None
+
+
+def _added(node: fx.Node) -> tuple[str, str] | None:
+    """The sum of a linear layer's result, through views that leave its last axis, with a stored vector; its path."""
+    weight = node.args[1]
+    width = _stored_shape(weight)[:1]
+    value = node
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if user.target in _VIEWS and tuple(user.args[1][-1:]) == width:  # type: ignore[index]
+            value = user
+            continue
+        if user.target not in _SUMS or len(user.args) != 2 or user.kwargs or user.args[0] is not value:
+            return None
+        bias = user.args[1]
+        is_bias = isinstance(bias, fx.Node) and width and _stored_shape(bias) == width
+        return (user.name, str(bias.target)) if is_bias else None  # type: ignore[union-attr]
+    return None
 
 
 def _transposed(node: object) -> fx.Node | None:

@@ -46,6 +46,7 @@ CANONICALISE = (
     "drop-noops",
     "raise-linear",
     "raise-norms",
+    "raise-softmax",
     "split-parameters",
     "split-fused-projections",
     "repeat-to-index-select",

@@ -161,3 +161,33 @@ def test_a_product_with_a_matrix_cut_otherwise_is_left_alone() -> None:
 
     program = torch.export.export(Cut(), (torch.randn(2, 5, 3, dtype=torch.float64),))
     assert not get_pass("raise-linear")(capture(program.module()).graph_module).modified
+
+
+class Biased(nn.Module):
+    """Vectors that are added behind a linear layer; only what adds to each channel its own number is a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6))
+        self.bias, self.wide = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        plain = torch.nn.functional.linear
+        twice = plain(x, self.weight)
+        return (
+            plain(x, self.weight).view(-1, 1, 3) + self.bias,
+            plain(x, self.weight).view(-1, 3, 1) + self.bias,  # along another axis
+            plain(x, self.weight).view(-1, 1, 3) + self.wide,
+            (twice + self.bias) * twice,
+        )
+
+
+def test_a_vector_added_behind_a_linear_layer_is_its_bias():
+    model = Biased().double().eval()
+    traced = trace(model, (X,), "export")
+    gm = capture(traced).graph_module
+    before = targets(gm).count(aten.add.Tensor)
+    assert len(get_pass("raise-linear")(gm).edits) == 1
+    assert targets(gm).count(aten.add.Tensor) == before - 1
+    for got, wanted in zip(gm(X), model(X), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
