@@ -82,9 +82,9 @@ class RaiseLinears(Pass):
                 if weight is not None and _stored_rank(bias) == 1:
                     edits.append(RaiseLinear(node.name, node.args[1].name, weight.name, bias.name))
             elif node.target in _LINEAR and len(node.args) == 2 and not node.kwargs:
-                found = _added(node)
-                if found is not None:
-                    edits.append(TakeBias(node.name, *found))
+                added = _added(node)
+                if added is not None:
+                    edits.append(TakeBias(node.name, *added))
         return Plan(edits)
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
@@ -93,7 +93,7 @@ class RaiseLinears(Pass):
             node, sum_ = nodes[edit.node], nodes[edit.sum]
             with gm.graph.inserting_before(node):
                 node.args = (*node.args, gm.graph.get_attr(edit.path))
-            sum_.replace_all_uses_with(sum_.args[0])  # type: ignore[arg-type]
+            sum_.replace_all_uses_with(sum_.args[0])
             return
         assert isinstance(edit, RaiseLinear)
         node, names = nodes[edit.node], (edit.x, edit.weight, edit.bias)
@@ -133,7 +133,8 @@ def _added(node: fx.Node) -> tuple[str, str] | None:
     value = node
     while len(value.users) == 1:
         user = next(iter(value.users))
-        if user.target in _VIEWS and tuple(user.args[1][-1:]) == width:  # type: ignore[index]
+        sizes: Any = user.args[1] if len(user.args) > 1 else ()
+        if user.target in _VIEWS and tuple(sizes[-1:]) == width:
             value = user
             continue
         if user.target not in _SUMS or len(user.args) != 2 or user.kwargs or user.args[0] is not value:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.evaluate import evaluate
@@ -66,13 +66,12 @@ class RaiseSoftmaxes(Pass):
             return Plan()
         hints = self.hints if self.hints is not None else hint_inputs(gm)
         program = Program(gm, propagate(gm, hints))
-        return Plan(
-            [
-                RaiseSoftmax(node.name, softmax.name)
-                for node, softmax in candidates
-                if _sees_some(program, softmax.args[0], softmax.args[1] % len(program.shape(softmax)))
-            ]
-        )
+        edits = [
+            RaiseSoftmax(node.name, softmax.name)
+            for node, softmax in candidates
+            if _sees_some(program, softmax.args[0], _axis(softmax, program))
+        ]
+        return Plan(list(edits))
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         """Replace one choice."""
@@ -90,27 +89,35 @@ def _guarded(node: fx.Node) -> fx.Node | None:
     """The softmax that a choice guards against rows of -inf."""
     if node.target is not aten.where.self or not node.users:
         return None
+    choice: Any
     choice, zeros, softmax = node.args
     if not isinstance(softmax, fx.Node) or softmax.target not in _SOFTMAX or not _is_zero(zeros):
         return None
-    steps = [
+    dim: Any = softmax.args[1]
+    steps: list[tuple[Any, tuple[Any, ...]]] = [
         (aten.logical_not.default, ()),
-        (aten.any.dim, (softmax.args[1], True)),
+        (aten.any.dim, (dim, True)),
         (aten.logical_not.default, ()),
     ]
     for target, rest in steps:
         if not isinstance(choice, fx.Node) or choice.target is not target or choice.args[1:] != rest:
             return None
         choice = choice.args[0]
-    is_compared = isinstance(choice, fx.Node) and choice.target is aten.eq.Scalar
-    return softmax if is_compared and choice.args == (softmax.args[0], -math.inf) else None
+    if not isinstance(choice, fx.Node) or choice.target is not aten.eq.Scalar:
+        return None
+    return softmax if choice.args == (softmax.args[0], -math.inf) else None
+
+
+def _axis(softmax: fx.Node, program: Program) -> int:
+    dim: Any = softmax.args[1]
+    return int(dim) % len(program.shape(softmax))
 
 
 def _is_zero(node: object) -> bool:
     """Whether a node is full of zeros."""
     if not isinstance(node, fx.Node) or node.target not in _ZEROS:
         return False
-    return node.target is aten.zeros_like.default or node.args[1] == 0
+    return node.target is aten.zeros_like.default or bool(node.args[1] == 0)
 
 
 # ---------------------------------------------------------------------- what is known of the scores
