@@ -12,6 +12,7 @@ from srfx.passes import (  # noqa: F401
     fold_parameter_math,
     functionalize,
     fuse_spreads,
+    lower_einsum,
     ragged_reads_writes,
     raise_channel_shuffle,
     raise_linear,

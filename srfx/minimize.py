@@ -42,6 +42,7 @@ CANONICALISE = (
     "decompose-attention",
     "decompose-recurrent",
     "functionalize",
+    "lower-einsum",
     "fold-parameter-math",
     "drop-noops",
     "raise-linear",
