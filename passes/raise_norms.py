@@ -2,6 +2,7 @@
 
 1. native      native_layer_norm(x, ..)[0]                            ->  layer_norm(x, ..)
                native_group_norm(x, w, b, N, C, HxW, G, eps)[0]       ->  group_norm(x, G, w, b, eps)
+               view, _native_batch_norm_legit, view                   ->  instance_norm(x, ..)   (`_instance_norm`)
 2. RMS norm    x * rsqrt(mean(x^2, -1) + eps), then times a weight    ->  rms_norm(x, [C], weight, eps)
 
 Decomposed exports spell norms the first way, language models the second.  Spelled out, a channel that is a
@@ -30,6 +31,7 @@ from srfx.ir.shapes import hint_inputs, propagate
 from srfx.nn.layer_norm_forms import statistics_dtype
 from srfx.ops.movement import Copy
 from srfx.ops.registry import resolve
+from srfx.passes import _instance_norm
 from srfx.passes._channels import holds_channels
 from srfx.passes.base import Pass, register_pass
 
@@ -67,7 +69,7 @@ class Named:
 
 @register_pass("raise-norms")
 class RaiseNorms(Pass):
-    """Turn native norms and spelled-out RMS norms into layer_norm, group_norm and rms_norm.
+    """Turn native norms and spelled-out RMS norms into layer_norm, group_norm, instance_norm and rms_norm.
 
     An RMS norm has to run over the last axis, which has to be as long as its weight or to come from the rows of
     another one, so that its size is the same at every call.
@@ -87,14 +89,19 @@ class RaiseNorms(Pass):
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every norm, in graph order; propagates shapes only where there is a candidate."""
-        candidates = [n for n in gm.graph.nodes if n.target in _NATIVE or _is(n, _RSQRT + _SQRT)]
+        spelled = (*_NATIVE, *_instance_norm.NATIVE)
+        candidates = [n for n in gm.graph.nodes if n.target in spelled or _is(n, _RSQRT + _SQRT)]
         plan = Plan()
         if not candidates:
             return plan
         hints = self.hints if self.hints is not None else hint_inputs(gm)
         program, barred = Program(gm, propagate(gm, hints)), mutation_barriers(gm)
         for node in candidates:
-            found = _native(node) if node.target in _NATIVE else _RMS(program, node).found()
+            if node.target in _NATIVE:
+                found = _native(node)
+            else:
+                is_batch = node.target in _instance_norm.NATIVE
+                found = _instance(program, node) if is_batch else _RMS(program, node).found()
             if isinstance(found, Refusal):
                 plan.refusals.append(found)
             elif found is not None and not barred.isdisjoint([node]):
@@ -132,9 +139,16 @@ def _native(node: fx.Node) -> RaiseNorm | Refusal | None:
     if target is aten.group_norm.default:
         x, weight, bias, _, _, _, groups, eps = args
         args = (x, groups, weight, bias, eps)
-    return RaiseNorm(
-        readers[0].name, target, tuple(Named(a.name) if isinstance(a, fx.Node) else a for a in args)
-    )
+    return _raised(readers[0], target, args)
+
+
+def _instance(program: Program, node: fx.Node) -> RaiseNorm | None:
+    found = _instance_norm.instance_norm(program, node)
+    return None if found is None else _raised(found[0], _instance_norm.TARGET, found[1])
+
+
+def _raised(node: fx.Node, target: Any, args: Sequence[Any]) -> RaiseNorm:
+    return RaiseNorm(node.name, target, tuple(Named(a.name) if isinstance(a, fx.Node) else a for a in args))
 
 
 @dataclass

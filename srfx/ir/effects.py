@@ -149,6 +149,10 @@ def _norm_updates(node: fx.Node, name: str) -> bool:
             "running_var",
             names[-1],
         )  # torch.* and aten order
+    if isinstance(node.target, torch._ops.OpOverload) and "running_mean" not in {
+        argument.name for argument in node.target._schema.arguments
+    }:
+        return False  # the overload without statistics
     values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     is_training = values.get(names[-1], name == "instance_norm")
     return is_training is not False and values.get("running_mean") is not None

@@ -206,6 +206,21 @@ op_rule(
 )(Creation)  # fmt: skip
 
 
+class ScalarTensor(Creation):
+    """A number as a tensor without axes, as decompositions write the number of a `where`."""
+
+    signature: tuple[str, ...] = ("fill_value",)
+
+    def sizes(self, call: Call) -> Any:
+        return ()
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        return []
+
+
+op_rule(torch.scalar_tensor, aten.scalar_tensor.default)(ScalarTensor)
+
+
 class Positions(OpRule):
     """arange and kin: numbers that differ from position to position and carry no channels."""
 
@@ -217,4 +232,4 @@ class Positions(OpRule):
 
 
 op_rule(torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step, torch.linspace, aten.linspace.default,
-        aten.eye.default, torch.eye, aten.scalar_tensor.default, aten.empty.memory_format)(Positions)  # fmt: skip
+        aten.eye.default, torch.eye, aten.empty.memory_format)(Positions)  # fmt: skip

@@ -170,6 +170,33 @@ def test_native_statistics_are_read_too() -> None:
     check(Model(norm, (0.0, 1.0)), (X,))
 
 
+@pytest.mark.parametrize("is_affine", [True, False])
+@pytest.mark.parametrize("n_space", [1, 2, 3])
+def test_decomposed_instance_norms(n_space: int, is_affine: bool) -> None:
+    """Views around a batch norm over [1, N C]: with a dynamic batch too, and nothing of them is left."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n_space - 1]
+    norm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[n_space - 1]
+    model = randomized(nn.Sequential(conv(3, 8, 1), norm(8, affine=is_affine), nn.ReLU(), conv(8, 4, 1))).double()
+    kill(model[0], [1, 5])
+    kill(model[3], columns=[2])
+    x = torch.randn(2, 3, *[4] * n_space, dtype=torch.float64)
+    for sizes in (None, ({0: torch.export.Dim.DYNAMIC},)):
+        exported = torch.export.export(model, (x,), dynamic_shapes=sizes).run_decompositions().module()
+        small = minimize(exported, (x,))
+        assert shapes(small)["0.weight"][:2] == (5, 3)
+        assert not [n for n in small.graph.nodes if n.target is aten._native_batch_norm_legit.no_stats]
+        for given in (x, torch.cat([x, 2 * x + 1])) if sizes else (x,):
+            torch.testing.assert_close(small(given), model(given), rtol=1e-9, atol=1e-12)
+
+
+def test_batch_statistics_that_are_no_instance_norm_stay() -> None:
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        y = aten._native_batch_norm_legit.no_stats(x.view(1, 32), w.repeat(4), None, True, 0.1, 1e-5)[0]
+        return y.view(4, 8)
+
+    assert not RaiseNorms([X])(fx.symbolic_trace(Model(norm, (0.0,)))).modified
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 8)])
 def test_decomposed_exports(norm: nn.Module) -> None:
     """What run_decompositions leaves of a model shrinks as the model itself does."""
