@@ -176,7 +176,9 @@ def test_decomposed_instance_norms(n_space: int, is_affine: bool) -> None:
     """Views around a batch norm over [1, N C]: with a dynamic batch too, and nothing of them is left."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n_space - 1]
     norm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[n_space - 1]
-    model = randomized(nn.Sequential(conv(3, 8, 1), norm(8, affine=is_affine), nn.ReLU(), conv(8, 4, 1))).double()
+    model = randomized(
+        nn.Sequential(conv(3, 8, 1), norm(8, affine=is_affine), nn.ReLU(), conv(8, 4, 1))
+    ).double()
     kill(model[0], [1, 5])
     kill(model[3], columns=[2])
     x = torch.randn(2, 3, *[4] * n_space, dtype=torch.float64)
