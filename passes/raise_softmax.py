@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.evaluate import evaluate
