@@ -107,10 +107,9 @@ class LowerEinsums(Pass):
 
 
 # ---------------------------------------------------------------------- reading
-def _operands(node: fx.Node) -> list[fx.Node]:
+def _operands(node: fx.Node) -> list[Any]:
     rest = node.args[1:]
-    given = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
-    return list(given)  # type: ignore[arg-type]  # nodes, as `_edit` has checked
+    return list(rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest)
 
 
 def _edit(node: fx.Node, program: Program) -> LowerEinsum | None:
