@@ -30,7 +30,7 @@ import srfx
 from benchmarks.cycle.history import Step, as_data, count, machine, plot, table, write
 from benchmarks.demo.digits import load_digits
 
-SIZES = {"ragged": (45.0, 75.0), "all inputs": (20.0, 30.0)}  # times fewer parameters
+SIZES = {"ragged": (45.0, 75.0), "all inputs": (20.0,)}  # times fewer parameters
 EPOCHS = {"train": 6, "squeeze": 6}
 DENSE_EPOCHS, LONGER_EPOCHS, LAST_EPOCHS = 15, 100, 150
 CYCLE_RATE, DENSE_RATE, LONGER_RATE, LAST_RATE = 3e-3, 2e-3, 1e-3, 1e-3
