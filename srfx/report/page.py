@@ -96,7 +96,7 @@ def _row(report: Report, r: LayerRow) -> str:
     numbers = (
         f"{count(r.params_before)} → {count(r.params_after)}",
         share(r.params_after, r.params_before),
-        f"{count(r.flops_before)} → {count(r.flops_after)}",
+        f"{count(r.flops_before)} → {count(r.flops_after)}" if r.flops_before or r.flops_after else "",
     )
     cells += [f'<td class="n">{n}</td>' for n in numbers]
     return f"<tr{' class=gone' if is_gone else ''}>{''.join(cells)}</tr>"
