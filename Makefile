@@ -100,7 +100,7 @@ $(ZOO)/zoo.stamp: $(ZOO)/pip.stamp $(SETUP)
 
 # The pages are made from the sources as text: no torch is needed.
 $(DOCS)/docs.stamp: $(DOCS)/pip.stamp $(SETUP)
-	$(DOCS)/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	$(DOCS)/bin/pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26" ruff
 	@touch $@
 
 $(ZOO)/bench.stamp: $(ZOO)/zoo.stamp

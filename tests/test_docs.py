@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import pkgutil
 import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import srfx
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -73,3 +76,12 @@ def test_the_site_knows_every_page() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     found = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
     assert found == listed
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    """By the place where each is defined: `srfx.minimize` is a function and a module, of which the page would show one."""
+    entries = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    wanted = {f"{getattr(srfx, name).__module__}.{getattr(srfx, name).__qualname__}" for name in srfx.__all__}
+    assert wanted <= set(entries)
+    for entry in entries:
+        assert pkgutil.resolve_name(entry) is not None

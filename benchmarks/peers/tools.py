@@ -159,7 +159,9 @@ def convert(model: nn.Module, x: Tensor) -> nn.Module:
 def _converted(model: nn.Module, x: Tensor) -> Any:
     import openvino as library
 
-    torch.backends.mha.set_fastpath_enabled(False)  # its traces of nn.MultiheadAttention differ from run to run
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # its traces of nn.MultiheadAttention differ from run to run
     return library.convert_model(model, example_input=x)
 
 
