@@ -34,5 +34,12 @@ def test_pages(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert blocks, f"{page} shows no Python"
     monkeypatch.chdir(tmp_path)  # what an example writes stays out of the tree
     scope: dict[str, object] = {"__name__": "page"}
+    printed: list[str] = []
+    scope["print"] = lambda value: printed.append(str(value))
+    text = (ROOT / page).read_text()
     for block in blocks:
         exec(compile(block, page, "exec"), scope)
+    if page == "README.md":  # what it says is printed
+        lines = [line.strip() for line in printed[0].splitlines() if line.strip()]
+        shown = [line.strip() for line in text.splitlines()]
+        assert [line for line in lines if line not in shown] == []
