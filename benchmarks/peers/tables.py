@@ -219,16 +219,21 @@ def _plot(runs: dict[str, Any], tools: list[str]) -> None:
     from matplotlib import pyplot
 
     models = [m for m in CASES if any(_get(runs, m, "classes", t) for t in tools)]
-    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
-    width = 0.8 / max(1, len(tools))
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    width = 0.85 / max(1, len(tools))
     for i, tool in enumerate(tools):
         rows = [_get(runs, model, "classes", tool) for model in models]
-        heights = [100 * row["left"] if row.get("outcome") == "exact" else 0.0 for row in rows]
         places = [x + i * width for x in range(len(models))]
-        axes.bar(places, heights, width, label=tool)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(models))], models, rotation=20, ha="right")
-    axes.set_ylabel("parameters left, %")
-    axes.legend(fontsize="small", ncols=2)
+        colour = "#2a6fdb" if tool == "srfx" else pyplot.get_cmap("Set2")(i)
+        is_exact = [row.get("outcome") == "exact" for row in rows]
+        shares = [100 * row["left"] if exact else 0.0 for row, exact in zip(rows, is_exact, strict=True)]
+        axes.bar(places, shares, width * 0.9, label=tool, color=colour)
+        for place, row, exact in zip(places, rows, is_exact, strict=True):
+            if row and not exact:  # wrong or crashed
+                axes.plot(place, 2, "x", color=colour, markersize=5)
+    axes.set_xticks([x + 0.42 - width / 2 for x in range(len(models))], models, rotation=20, ha="right")
+    axes.set_ylabel("parameters left, %  (x: wrong or crash)")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(PLOT, metadata={"Date": None})
     pyplot.close(figure)
