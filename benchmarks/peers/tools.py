@@ -6,7 +6,6 @@ All are asked for the same thing: take the zeros that are there, choose nothing.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -85,22 +84,27 @@ def _is_zero_everywhere(group: Any, position: int) -> bool:
 def sparsifier(model: nn.Module, x: Tensor) -> nn.Module:
     """torch.ao.pruning's structured pruner with the rows of zeros as its mask, on the layers that it takes at all."""
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
-    taken = [name for name in layers if _is_taken(model, name)]
-    return _sparsified(model, taken) if taken else model
+    taken = _taken(model, layers)
+    return _row_pruner(model, taken).prune() if taken else model  # type: ignore[no-any-return]
 
 
-def _is_taken(model: nn.Module, layer: str) -> bool:
-    """It raises for every layer that fits none of its patterns; so each is tried alone."""
+def _taken(model: nn.Module, layers: list[str]) -> list[str]:
+    """It raises when a layer fits none of its patterns; those that fit have lost their mask by then."""
+    from torch.ao.pruning._experimental.pruner.parametrization import FakeStructuredSparsity
+    from torch.ao.pruning.sparsifier.utils import module_contains_param
+
+    trial = _row_pruner(copy.deepcopy(model), layers)
     try:
-        _sparsified(copy.deepcopy(model), [layer])
+        trial.prune()
     except Exception:  # noqa: BLE001  it raises nothing more precise
-        return False
-    finally:
-        gc.collect()  # graphs hold themselves in cycles, with a copy of the weights each
-    return True
+        if not hasattr(trial, "traced"):
+            return []  # it cannot trace the model
+        done = dict(trial.traced.named_modules())
+        return [name for name in layers if not module_contains_param(done[name], FakeStructuredSparsity)]
+    return layers
 
 
-def _sparsified(model: nn.Module, layers: list[str]) -> nn.Module:
+def _row_pruner(model: nn.Module, layers: list[str]) -> Any:
     from torch.ao.pruning._experimental.pruner.base_structured_sparsifier import BaseStructuredSparsifier
 
     class ZeroRows(BaseStructuredSparsifier):  # type: ignore[misc]
@@ -111,7 +115,7 @@ def _sparsified(model: nn.Module, layers: list[str]) -> nn.Module:
     pruner = ZeroRows({"prune_bias": False})
     pruner.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in layers])
     pruner.step()
-    return pruner.prune()  # type: ignore[no-any-return]
+    return pruner
 
 
 def speedup(model: nn.Module, x: Tensor) -> nn.Module:
