@@ -123,8 +123,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except UnpicklingError as error:
         raise FileError(
-            f"{path} is no state dict in safetensors, or of torch.save(model.state_dict(), ...): "
-            f"{str(error).strip().splitlines()[0][:200]}"
+            f"{path} is no state dict: write it with safetensors, or with torch.save(model.state_dict(), ...)"
         ) from error
     except (SafetensorError, RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
