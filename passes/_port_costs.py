@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from srfx.analysis.calls import Site
 from srfx.analysis.liveness import executed
+from srfx.analysis.weights import add_to_classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.movement import Movement
@@ -80,22 +81,6 @@ def savings(cuts: Sequence[Cut], costs: Tensor) -> list[float]:
 
 
 # ---------------------------------------------------------------------- bytes
-def class_bytes(facts: FactTable) -> Tensor:
-    """Bytes of stored tensors that one more channel of each class would take, [labels] by representative."""
-    found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
-    for param in facts.program.params():
-        fields = facts.labeller.fields.get(param)
-        if not isinstance(fields, dict) or not param.names:
-            continue
-        counts = [facts.count(fields, a) if a in fields else n for a, n in enumerate(param.shape)]
-        for labels in fields.values():
-            each = float(param.tensor.element_size())
-            for d, n in enumerate(labels.shape):
-                each *= counts[d] if n == 1 else 1
-            _add(facts, found, labels, each)
-    return found
-
-
 def index_bytes(facts: FactTable, cut: Cut) -> float:
     """Bytes of the indices and numbers that the port becomes."""
     size = INDEX_BYTES * cut.n_selected
@@ -124,7 +109,7 @@ def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) ->
         if not isinstance(site.rule, Movement):
             for axis, labels in fields.items():
                 n_bytes = hint.element_size() * _others(facts, site.node, axis)
-                _add(facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel())
+                add_to_classes(facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel())
     return found
 
 
@@ -142,9 +127,9 @@ def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineC
     n_rows = facts.count(facts.fields(site.node), axis) if rows is not None else call.out_shape[axis]
     n_columns = facts.count(facts.fields(x), axis) if columns is not None else call.shape(x)[axis]
     if rows is not None:
-        _add(facts, found, rows, each * n_taps * n_columns / groups)
+        add_to_classes(facts, found, rows, each * n_taps * n_columns / groups)
     if columns is not None and groups == 1:
-        _add(facts, found, columns, each * n_taps * n_rows)
+        add_to_classes(facts, found, columns, each * n_taps * n_rows)
 
 
 def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts) -> float:
@@ -168,8 +153,3 @@ def _others(facts: FactTable, node: fx.Node, axis: int) -> int:
     """Elements of a value for each channel of this axis."""
     fields, shape = facts.fields(node), facts.program.shape(node)
     return math.prod(facts.count(fields, a) if a in fields else n for a, n in enumerate(shape) if a != axis)
-
-
-def _add(facts: FactTable, found: Tensor, labels: Tensor, each: float) -> None:
-    classes = facts.classes.representative[labels].flatten()
-    found.index_add_(0, classes, torch.full((classes.numel(),), each, dtype=torch.float64))

@@ -18,6 +18,7 @@ from torch import fx
 
 from srfx.analysis import analyse
 from srfx.analysis.calls import Site
+from srfx.analysis.weights import class_bytes
 from srfx.ir.clone import clone_graph
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.shapes import hint_inputs, propagate
@@ -27,7 +28,6 @@ from srfx.passes._machine_costs import MachineCosts
 from srfx.passes._port_costs import (
     MARGIN,
     Cut,
-    class_bytes,
     class_seconds,
     cut_at,
     index_bytes,

@@ -18,12 +18,20 @@ from srfx.analysis.calls import Site, sites
 from srfx.analysis.constancy import constancy
 from srfx.analysis.labels import label
 from srfx.analysis.liveness import executed, live_labels, liveness
+from srfx.analysis.weights import class_bytes
 from srfx.ir.program import Program
 from srfx.lattice.classes import Classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.norm import LayerNorm
 from srfx.ops.sharing import siblings
+
+
+WEIGHTS_PER_CHANNEL = 16
+"""So many weights have to go for each channel that a norm selects.
+
+Selecting an element takes a CPU as long as 20 to 40 multiplications in a large product; bytes saved count as well.
+"""
 
 
 def analyse(
@@ -51,7 +59,9 @@ def analyse(
         liveness(facts, found)
         for has_presence in (False, True):  # the statistics of a norm may be all that an axis needs to keep
             _settle(facts, found, has_presence)
-            while _choose_carriers(facts, found) or _choose_emitted(facts, found):
+            while (
+                _choose_carriers(facts, found) or _choose_emitted(facts, found) or _choose_whole(facts, found)
+            ):
                 liveness(facts, found)
                 _settle(facts, found, has_presence)
     return facts, found
@@ -148,10 +158,32 @@ def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
     return again
 
 
+def _choose_whole(facts: FactTable, found: list[Site]) -> bool:
+    """Norms whose result had better be as wide as their operand; True when one is new.
+
+    Where readers have no use for some channels of its result, a norm selects the others.  That is worth while if the
+    weights that go are many: an element selected takes as long as some multiplications (theory: Lemma N7).
+    """
+    again, costs = False, None
+    for site in found:
+        if not isinstance(site.rule, LayerNorm) or facts.live.get(site.node) is None:
+            continue
+        left_out = site.rule.left_out(site.call, facts)
+        if left_out is None or not left_out.numel():
+            continue
+        costs = class_bytes(facts) if costs is None else costs
+        saved = float(costs[facts.classes.representative[left_out].unique()].sum())
+        n_selected = facts.count(facts.fields(site.node), len(site.call.out_shape) - 1)
+        if saved < WEIGHTS_PER_CHANNEL * n_selected * site.call.output.element_size():
+            facts.whole.add(site.node)
+            again = True
+    return again
+
+
 def _count_in_multiples(program: Program, labels: Any) -> None:
     for param in program.params():
         fields = labels.fields.get(param)
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict) or param in labels.followers:
             continue
         for axis, found in fields.items():
             if found.numel() == found.shape[axis] > 1:

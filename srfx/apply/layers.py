@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import srfx.nn.functional as compensated
-from srfx.ir.attrs import split_path
+from srfx.ir.attrs import get_attr, split_path
 from srfx.nn import CompensatedGroupNorm, CompensatedLayerNorm, CompensatedRMSNorm, RemovedConstants
 
 _CONVOLUTIONS = nn.modules.conv._ConvNd
@@ -55,10 +55,10 @@ _SIGNATURES: dict[Any, tuple[str, ...]] = {
             "eps",
             "emits",
         ),
-        "emit_shift",
+        *("emit_shift", "outputs"),
     ),
     compensated.compensated_rms_norm: (
-        *("input", "normalized_shape", "n_total", "removed_sum_squares", "weight", "eps", "emits"),
+        *("input", "normalized_shape", "n_total", "removed_sum_squares", "weight", "eps", "emits", "outputs"),
     ),
     nn.functional.rms_norm: ("input", "normalized_shape", "weight", "eps"),
     nn.functional.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -91,12 +91,18 @@ def norm_of(
             bias=named.get("bias") is not None,
             emits=named.get("emits", ()),
             emit_shift=named.get("emit_shift", 0.0),
+            outputs=_stored(small, named.get("outputs")),
         )
     if node.target is compensated.compensated_rms_norm:
         (n_kept,) = named["normalized_shape"]
         squares = named.get("removed_sum_squares", 0.0)
         return CompensatedRMSNorm(
-            n_kept, named["n_total"], squares, eps=named.get("eps"), emits=named.get("emits", ())
+            n_kept,
+            named["n_total"],
+            squares,
+            eps=named.get("eps"),
+            emits=named.get("emits", ()),
+            outputs=_stored(small, named.get("outputs")),
         )
     if node.target in (nn.functional.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm.default):
         return nn.RMSNorm(list(named["normalized_shape"]), eps=named.get("eps"))
@@ -128,6 +134,11 @@ def _permutation(node: Any) -> tuple[int, ...]:
         return ()
     dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
     return tuple(dims)
+
+
+def _stored(small: fx.GraphModule, raw: Any) -> Tensor | None:
+    """A tensor argument that stands in an attribute of the small model."""
+    return get_attr(small, str(raw.target)) if isinstance(raw, fx.Node) else None
 
 
 def settings(

@@ -146,12 +146,10 @@ def _canonical(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) ->
 def _join_norms(found: list[Site], labels: Labeller) -> None:
     """Tie the channels of each norm's result to those of its operand."""
     for site in found:
-        fields = labels.fields.get(site.node)
-        if isinstance(site.rule, LayerNorm) and isinstance(fields, dict):
-            for axis, front in labels.of(site.rule.x(site.call)).items():
-                behind = fields.get(axis)
-                if behind is not None and front.numel() == front.shape[axis] <= behind.numel():
-                    labels.table.tie(front.flatten(), behind.flatten()[: front.numel()])
+        if isinstance(site.rule, LayerNorm) and site.rule.is_separate(site.call, labels):
+            sources = site.rule.sources(site.call, labels)
+            behind = labels.of(site.node)[len(site.call.out_shape) - 1].flatten()
+            labels.table.tie(sources, behind[: sources.numel()])
 
 
 def _input_columns(found: list[Site], labels: Labeller) -> list[Tensor]:

@@ -55,6 +55,7 @@ def compensate_layer_norm(
     n_positions = math.prod(norm.normalized_shape) // width
     gone = RemovedConstants.from_values(constants, repeat=n_positions)
     own = norm if isinstance(norm, CompensatedLayerNorm) else None
+    outputs, channels = _outputs_left(own.outputs if own else None, index)
     small = CompensatedLayerNorm(
         kept_shape,
         own.removed.merge(gone) if own else gone,
@@ -63,8 +64,9 @@ def compensate_layer_norm(
         bias=norm.bias is not None,
         emits=(own.emits if own else ()) if emits is None else emits,
         emit_shift=(own.emit_shift if own else 0.0) if emit_shift is None else emit_shift,
+        outputs=outputs,
     )
-    _take_parameters(norm, small, index, axis)
+    _take_parameters(norm, small, channels, axis)
     return small
 
 
@@ -109,11 +111,18 @@ def compensate_rms_norm(
     squares += RemovedConstants.from_values(constants).sum_squares
     names = ordered_emits((own.emits if own else ()) if emits is None else emits)
     affine = norm.weight is not None
-    if names:
+    outputs, channels = _outputs_left(own.outputs if own else None, index)
+    if names or outputs is not None:
         small = CompensatedRMSNorm(
-            len(index), n_total, squares, eps=norm.eps, elementwise_affine=affine, emits=names
+            len(index),
+            n_total,
+            squares,
+            eps=norm.eps,
+            elementwise_affine=affine,
+            emits=names,
+            outputs=outputs,
         )
-        _take_parameters(norm, small, index, -1)
+        _take_parameters(norm, small, channels, -1)
         return small
     old = norm.weight
     stat_dtype = dtype or (old.dtype if old is not None else torch.float32)
@@ -249,11 +258,20 @@ def _kept_index(norm: nn.Module, keep: Tensor | Sequence[int], width: int, n_con
     return index
 
 
+def _outputs_left(outputs: Tensor | None, index: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Where the outputs that stay stand among the kept channels; and which of the old outputs they are."""
+    if outputs is None:
+        return None, index
+    place = {int(channel): i for i, channel in enumerate(index)}
+    left = [i for i, channel in enumerate(outputs.tolist()) if channel in place]
+    return torch.tensor([place[int(outputs[i])] for i in left]), torch.tensor(left)
+
+
 def _take_parameters(old: nn.Module, new: nn.Module, index: Tensor, axis: int) -> None:
     """Give new the kept part of old's parameters; dtype, device, requires_grad and mode come along."""
     for name, parameter in old.named_parameters(recurse=False):
         kept = parameter.detach().index_select(axis, index.to(parameter.device))
         setattr(new, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        if isinstance(new, CompensatedGroupNorm):
-            new.group_index = new.group_index.to(parameter.device)
+        for place, buffer in list(new.named_buffers(recurse=False)):
+            setattr(new, place, buffer.to(parameter.device))
     new.train(old.training)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -35,6 +36,26 @@ def ordered_emits(emits: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in EMITTABLE if name in emits)
 
 
+def stored_outputs(
+    outputs: Tensor | Sequence[int] | None, n_kept: int, device: torch.device | str | None
+) -> Tensor | None:
+    """Positions of the channels that come out as a norm keeps them, int32.
+
+    Raises:
+        ValueError: none at all, or one that is not among the kept channels.
+
+    Example:
+        >>> stored_outputs([0, 2], 3, None)
+        tensor([0, 2], dtype=torch.int32)
+    """
+    if outputs is None:
+        return None
+    index = torch.as_tensor(outputs).to(device=device, dtype=torch.int32)
+    if index.dim() != 1 or not index.numel() or int(index.min()) < 0 or int(index.max()) >= n_kept:
+        raise ValueError(f"outputs are positions below {n_kept}, at least one, got {index.tolist()}")
+    return index
+
+
 def compensated_layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -46,6 +67,7 @@ def compensated_layer_norm(
     eps: float = 1e-5,
     emits: Sequence[str] = (),
     emit_shift: float = 0.0,
+    outputs: Tensor | None = None,
 ) -> Tensor:
     """Layer norm over channels of which some, being constants, are no longer there.
 
@@ -67,14 +89,16 @@ def compensated_layer_norm(
         emits: channels to append, in the order r, mu_r = (mu - emit_shift) r, one.
         emit_shift: a number near the removed constants keeps mu_r small, so that readers in half precision
             lose nothing.
+        outputs: which of the K channels come out, in this order; all by default.  Weight and bias are theirs.
 
     Shapes: x [..., K], weight [K], bias [K] -> [..., K + len(emits)]; several axes x [..., K1, K2].
+        With outputs [M]: weight [M], bias [M] -> [..., M + len(emits)].
 
     Returns:
         A tensor in x's dtype. Statistics are float32 (float64 for float64).
 
     Raises:
-        ValueError: x does not end in normalized_shape, unknown emits, or emits with several axes.
+        ValueError: x does not end in normalized_shape, unknown emits, or emits or outputs with several axes.
 
     Cost: eager CPU 1.4 to 2.5 times F.layer_norm of width K; compiled 1.1 to 1.2 (docs/norms.md).
 
@@ -87,7 +111,7 @@ def compensated_layer_norm(
         ... )
         True
     """
-    tensors = tuple(t for t in (x, weight, bias) if t is not None)
+    tensors = tuple(t for t in (x, weight, bias, outputs) if t is not None)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(
             compensated_layer_norm,
@@ -102,6 +126,7 @@ def compensated_layer_norm(
             eps=eps,
             emits=tuple(emits),
             emit_shift=emit_shift,
+            outputs=outputs,
         )
         return traced
     names = ordered_emits(emits)
@@ -111,11 +136,31 @@ def compensated_layer_norm(
             f"compensated_layer_norm: x must end in normalized_shape {list(kept_shape)}, at most {n_total} "
             f"elements, got {list(x.shape)}"
         )
-    if names and len(kept_shape) != 1:
-        raise ValueError(f"compensated_layer_norm: emits {names} needs one normalised axis, got {kept_shape}")
-    return normalise(
-        x, weight, bias, Population(kept_shape, n_total, removed_mean, removed_m2, eps, names, emit_shift)
-    )
+    if (names or outputs is not None) and len(kept_shape) != 1:
+        raise ValueError(
+            f"compensated_layer_norm: emits {names} and outputs need one normalised axis, got {kept_shape}"
+        )
+    population = Population(kept_shape, n_total, removed_mean, removed_m2, eps, names, emit_shift)
+    if outputs is None:
+        return normalise(x, weight, bias, population)
+    xs = x.to(statistics_dtype(x.dtype))
+    if n_total == x.shape[-1] and not names:  # nothing was removed: the native kernel does
+        ones, zeros = xs.new_ones(kept_shape), xs.new_zeros(kept_shape)  # faster than without on CPU
+        y = F.layer_norm(xs, kept_shape, ones, zeros, eps)
+    else:
+        y = normalise(xs, None, None, population)
+    return _selected(y, len(names), outputs, weight, bias).to(x.dtype)
+
+
+def _selected(
+    y: Tensor, n_emitted: int, outputs: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Channels ``outputs`` of what is normalised, scaled and shifted, and what is emitted behind them."""
+    chosen = y.index_select(-1, outputs)
+    if weight is not None:
+        scale = weight.to(y.dtype)
+        chosen = chosen * scale if bias is None else torch.addcmul(bias.to(y.dtype), chosen, scale)
+    return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
 
 
 def compensated_rms_norm(
@@ -126,6 +171,7 @@ def compensated_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     emits: Sequence[str] = (),
+    outputs: Tensor | None = None,
 ) -> Tensor:
     """RMS norm without its constant channels, with 1/rms as an extra channel.
 
@@ -141,8 +187,9 @@ def compensated_rms_norm(
         weight: scale of the kept channels.
         eps: of the original layer; None is F.rms_norm's default, the resolution of the statistics' dtype.
         emits: channels to append out of r, one.
+        outputs: which of the K channels come out, in this order; all by default.  The weight is theirs.
 
-    Shapes: x [..., K], weight [K] -> [..., K + len(emits)].
+    Shapes: x [..., K], weight [K] -> [..., K + len(emits)]; with outputs [M]: weight [M] -> [..., M + len(emits)].
 
     Raises:
         ValueError: x does not end in normalized_shape, or emits other than r and one.
@@ -151,7 +198,7 @@ def compensated_rms_norm(
         >>> compensated_rms_norm(torch.tensor([[3.0, 1.0]]), (2,), 4, 6.0, eps=0.0, emits=("r",))
         tensor([[1.5000, 0.5000, 0.5000]])
     """
-    tensors = tuple(t for t in (x, weight) if t is not None)
+    tensors = tuple(t for t in (x, weight, outputs) if t is not None)
     if has_torch_function(tensors):
         traced: Tensor = handle_torch_function(
             compensated_rms_norm,
@@ -163,6 +210,7 @@ def compensated_rms_norm(
             weight=weight,
             eps=eps,
             emits=tuple(emits),
+            outputs=outputs,
         )
         return traced
     names = ordered_emits(emits)
@@ -177,7 +225,7 @@ def compensated_rms_norm(
     xs = x.to(stat)
     floor = removed_sum_squares / n_total + (torch.finfo(stat).eps if eps is None else eps)
     r = torch.rsqrt((xs * xs).sum(-1, keepdim=True) / n_total + floor)
-    y = xs * r
+    y = (xs if outputs is None else xs.index_select(-1, outputs)) * r
     if weight is not None:
         y = y * weight
     channels = {"r": r, "one": torch.ones_like(r)}

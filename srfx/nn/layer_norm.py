@@ -35,13 +35,15 @@ class CompensatedLayerNorm(nn.Module):
             order.
         emit_shift: c of mu_r. With c near the removed constants, mu_r stays small, and if they all equal c, a
             reader needs no r: (v - mu) r = (v - c) r - (mu - c) r.
+        outputs: which of the K channels come out, in this order; None for all.  A buffer of int32.
         device: of the parameters.
         dtype: of the parameters.
 
     Shapes: x [..., K] -> [..., K + len(emits)]. Weight and bias: K (normalized_shape).
+        With M outputs: [..., M + len(emits)], weight and bias M.
 
     Raises:
-        ValueError: no kept channel, unknown emits, or emits with several axes.
+        ValueError: no kept channel, unknown emits, or emits or outputs with several axes.
 
     Source: derived in docs/norms.md; the combination of statistics is Chan, Golub, LeVeque (1979).
 
@@ -61,6 +63,7 @@ class CompensatedLayerNorm(nn.Module):
     emit_shift: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    outputs: Tensor | None
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class CompensatedLayerNorm(nn.Module):
         bias: bool = True,
         emits: Sequence[str] = (),
         emit_shift: float = 0.0,
+        outputs: Tensor | Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,10 +88,13 @@ class CompensatedLayerNorm(nn.Module):
         self.eps = eps
         self.emits = functional.ordered_emits(emits)
         self.emit_shift = float(emit_shift)
-        if self.emits and len(shape) != 1:
+        if (self.emits or outputs is not None) and len(shape) != 1:
             raise ValueError(
-                f"CompensatedLayerNorm: emits {self.emits} needs one normalised axis, got {shape}"
+                f"CompensatedLayerNorm: emits {self.emits} and outputs need one normalised axis, got {shape}"
             )
+        self.register_buffer("outputs", functional.stored_outputs(outputs, shape[-1], device))
+        if self.outputs is not None:
+            shape = (self.outputs.numel(),)
         has_weight, has_bias = elementwise_affine, elementwise_affine and bias
         self.register_parameter(
             "weight", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if has_weight else None
@@ -132,6 +139,7 @@ class CompensatedLayerNorm(nn.Module):
             eps=self.eps,
             emits=self.emits,
             emit_shift=self.emit_shift,
+            outputs=self.outputs,
         )
 
     def get_extra_state(self) -> Tensor:
@@ -159,6 +167,8 @@ class CompensatedLayerNorm(nn.Module):
             f"sum of squares={self.removed.sum_squares:.6g}",
             f"eps={self.eps:g}",
         ]
+        if self.outputs is not None:
+            parts.append(f"outputs={self.outputs.numel()}")
         if self.emits:
             parts.append(f"emits={self.emits}")
         if self.emit_shift != 0.0:

@@ -79,10 +79,11 @@ class CompensatedRMSNorm(nn.Module):
         eps: of the original layer; None as in `nn.RMSNorm`.
         elementwise_affine: whether there is a weight.
         emits: channels appended after the K, from "r" and "one", in this order.
+        outputs: which of the K channels come out, in this order; None for all.  A buffer of int32.
         device: of the weight.
         dtype: of the weight.
 
-    Shapes: x [..., K] -> [..., K + len(emits)].
+    Shapes: x [..., K] -> [..., K + len(emits)]; with M outputs [..., M + len(emits)], weight M.
 
     Raises:
         ValueError: sizes that do not fit, S2 not a finite number of at least 0, or emits other than r and
@@ -94,6 +95,7 @@ class CompensatedRMSNorm(nn.Module):
     """
 
     weight: nn.Parameter | None
+    outputs: Tensor | None
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class CompensatedRMSNorm(nn.Module):
         eps: float | None = None,
         elementwise_affine: bool = True,
         emits: Sequence[str] = ("r",),
+        outputs: Tensor | Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -121,7 +124,9 @@ class CompensatedRMSNorm(nn.Module):
         self.emits = functional.ordered_emits(emits)
         if "mu_r" in self.emits:
             raise ValueError(f"CompensatedRMSNorm: an RMS norm has no mean, got emits={self.emits}")
-        weight = torch.empty(n_kept, device=device, dtype=dtype) if elementwise_affine else None
+        self.register_buffer("outputs", functional.stored_outputs(outputs, n_kept, device))
+        width = n_kept if self.outputs is None else self.outputs.numel()
+        weight = torch.empty(width, device=device, dtype=dtype) if elementwise_affine else None
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.reset_parameters()
 
@@ -145,6 +150,7 @@ class CompensatedRMSNorm(nn.Module):
             weight=self.weight,
             eps=self.eps,
             emits=self.emits,
+            outputs=self.outputs,
         )
 
     def get_extra_state(self) -> Tensor:
@@ -165,6 +171,7 @@ class CompensatedRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Kept of total, and what was compensated."""
         affine = "" if self.elementwise_affine else ", elementwise_affine=False"
-        emits = f", emits={self.emits}" if self.emits else ""
+        emits = f", outputs={self.outputs.numel()}" if self.outputs is not None else ""
+        emits += f", emits={self.emits}" if self.emits else ""
         squares = f"removed sum of squares={self.removed_sum_squares:.6g}"
         return f"{self.n_kept} of {self.n_total}, {squares}, eps={self.eps}{emits}{affine}"

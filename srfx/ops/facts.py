@@ -40,6 +40,8 @@ class Labeller:
     required: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     static: set[fx.Node] = field(default_factory=set)
+    followers: set[Value] = field(default_factory=set)
+    """Parameters whose width follows from that of values: nothing is to be counted there."""
 
     def is_dynamic(self, raw: Any) -> bool:
         """Whether an integer argument is computed at run time from sizes that may differ from call to call."""
@@ -132,6 +134,7 @@ class FactTable:
     closed: norm nodes that lose no channel for want of places for their statistics.
     siblings: contraction -> all calls that share its weight and bias, and may change them together.
     cache, operands: what rules derive from weights and from constancy, to derive it once.
+    whole: norm nodes whose result is as wide as their operand: to select channels would cost more than it saves.
     ranks: [labels] by representative; channels of rank > 0 stand behind all others of their axis, by rank.
     """
 
@@ -149,6 +152,7 @@ class FactTable:
     shifts: dict[Hashable, float] = field(default_factory=dict)
     closed: set[Hashable] = field(default_factory=set)
     siblings: Mapping[fx.Node, tuple[Call, ...]] = field(default_factory=dict)
+    whole: set[Hashable] = field(default_factory=set)
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
     refusals: list[Refusal] = field(default_factory=list)
     demanded: Tensor | None = None

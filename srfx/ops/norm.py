@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
-from srfx.ir.editor import GraphEdit, Ref
+from srfx.ir.editor import GraphEdit, Ref, Stored
 from srfx.ir.edits import Recall, ReplaceModule
 from srfx.lattice.constancy import EMITS
 from srfx.nn import (
@@ -21,6 +21,7 @@ from srfx.nn import (
 from srfx.ops.facts import FactTable
 from srfx.ops.norm_facts import NormFacts
 from srfx.ops.registry import op_rule
+from srfx.ops.sizes import is_range
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ class LayerNorm(NormFacts):
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         x = self.x(call)
-        axis, _ = self._own(call, facts)
+        axis, has_own = self._own(call, facts)
         if axis is None:
             return []
         kept = facts.is_kept(facts.fields(x)[axis])
@@ -39,10 +40,11 @@ class LayerNorm(NormFacts):
             if axis == kept.dim() - 1
             else kept.movedim(axis, -1).reshape(-1, kept.shape[axis])
         )
-        emits = self._emitted(call, facts, axis)
-        if bool(kept.all()) and emits == self.emits(call):
-            return []
+        emits = self._emitted(call, facts, axis) if has_own else ()
         row = kept[int(kept.sum(1).argmax())]
+        outputs = self._outputs_left(call, facts, axis, len(emits)) if has_own else None
+        if bool(kept.all()) and emits == self.emits(call) and self._is_as_before(call, outputs):
+            return []
         c = facts.constancy(x)
         width = call.shape(x)[axis]
         value = (
@@ -50,18 +52,27 @@ class LayerNorm(NormFacts):
         )  # 0 where rows differ: see _absorbable
         shape = [facts.count(facts.fields(x), a) if a == axis else call.shape(x)[a] for a in self.axes(call)]
         repeat = torch.Size(call.shape(x)[a] for a in self.axes(call) if a != axis).numel()
-        return self.rewrite(call, facts, shape, value[~row], repeat, emits)
+        return self.rewrite(call, facts, shape, value[~row], repeat, emits, outputs)
 
     def _emitted(self, call: Call, facts: FactTable, axis: int) -> tuple[str, ...]:
-        own = (
-            facts.is_kept(facts.fields(call.node)[axis]).flatten(0, -2)[0]
-            if axis == len(call.out_shape) - 1
-            else None
-        )
+        own = facts.is_kept(facts.fields(call.node)[axis]).flatten()
         places = facts.emitted.get(
-            call.node, {name: call.shape(self.x(call))[-1] + i for i, name in enumerate(self.emits(call))}
+            call.node, {name: self.outputs(call).numel() + i for i, name in enumerate(self.emits(call))}
         )
-        return tuple(n for n in EMITS if n in places and own is not None and bool(own[places[n]]))
+        return tuple(n for n in EMITS if n in places and bool(own[places[n]]))
+
+    def _outputs_left(self, call: Call, facts: FactTable, axis: int, n_emitted: int) -> Tensor | None:
+        """Which of the channels that are left of the operand come out, [M]; None for all of them in their order."""
+        held = facts.index(facts.fields(self.x(call)), axis)
+        place = torch.full((call.shape(self.x(call))[axis],), -1).index_copy(0, held, torch.arange(held.numel()))
+        own = facts.index(facts.fields(call.node), axis)
+        chosen = place[self.outputs(call)[own[: own.numel() - n_emitted]]]
+        return None if chosen.numel() == held.numel() and is_range(chosen) else chosen
+
+    def _is_as_before(self, call: Call, outputs: Tensor | None) -> bool:
+        if outputs is None or call.value("outputs") is None:
+            return outputs is None and call.value("outputs") is None
+        return torch.equal(outputs, self.outputs(call))
 
     def rewrite(
         self,
@@ -71,6 +82,7 @@ class LayerNorm(NormFacts):
         gone: Tensor,
         repeat: int,
         emits: tuple[str, ...],
+        outputs: Tensor | None,
     ) -> Iterable[GraphEdit]:
         """Replace the call by its compensated form of the kept width."""
         removed = self._before(call).merge(RemovedConstants.from_values(gone, repeat=repeat))
@@ -86,6 +98,8 @@ class LayerNorm(NormFacts):
                 bias=bias is not None,
                 emits=emits,
                 emit_shift=shift,
+                outputs=outputs,
+                device=call.output.device,
             )
             return [
                 ReplaceModule(
@@ -105,6 +119,7 @@ class LayerNorm(NormFacts):
             "eps": eps,
             "emits": emits,
             "emit_shift": shift,
+            **_stored(call, outputs),
         }
         return [Recall(call.node.name, functional.compensated_layer_norm, args, kwargs)]
 
@@ -112,8 +127,15 @@ class LayerNorm(NormFacts):
 op_rule(
     nn.LayerNorm, F.layer_norm, torch.layer_norm, aten.layer_norm.default, CompensatedLayerNorm,
     (functional.compensated_layer_norm,
-     "input normalized_shape n_total removed_mean removed_m2 weight bias eps emits emit_shift"),
+     "input normalized_shape n_total removed_mean removed_m2 weight bias eps emits emit_shift outputs"),
 )(LayerNorm)  # fmt: skip
+
+
+def _stored(call: Call, outputs: Tensor | None) -> dict[str, Any]:
+    """The argument that says which channels come out, kept in a buffer."""
+    if outputs is None:
+        return {}
+    return {"outputs": Stored(f"{call.node.name}_outputs", outputs.to(call.output.device, torch.int32))}
 
 
 def _ref(call: Call, name: str) -> Any:

@@ -50,6 +50,13 @@ class NormFacts(OpRule):
         """What the norm emits already."""
         return tuple(call.get("emits", ()))
 
+    def outputs(self, call: Call) -> Tensor:
+        """Channels of the operand that come out, in this order, [M]: all of them unless the call says which."""
+        stored = call.value("outputs")
+        if isinstance(stored, Param):
+            return stored.tensor.detach().cpu().long()
+        return torch.arange(call.shape(self.x(call))[-1])
+
     def is_shared(self, call: Call) -> bool:
         """Whether another site uses the same parameters or module: then it cannot be compensated for one."""
         sites = [n for n in call.program.nodes if n.op == "call_module" and n.target == call.node.target]
@@ -59,14 +66,64 @@ class NormFacts(OpRule):
     # -------------------------------------------------------------- labels
     def label(self, call: Call, labels: Labeller) -> Fields:
         x, site = self.x(call), call.node.name
+        if self.is_separate(call, labels):
+            return self._own_fields(call, labels)
+        if self.emits(call) or call.value("outputs") is not None:  # where its statistics go is not known here
+            for value in call.values():
+                labels.pin(value, site, Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING)
+            return {}
         fields = self._unified(call, labels)
         axis = self.axis(call, fields)
         if axis is None or self.is_shared(call):
             reason = Reason.CHANNEL_MIXING if axis is None else Reason.SHARED_WEIGHT
             labels.pin(x, site, reason, self.axes(call))
             return {a: f for a, f in fields.items() if call.out_shape[a] == call.shape(x)[a]}
-        fields[axis] = self._outputs(call, labels, fields[axis], axis)
         return fields
+
+    def is_separate(self, call: Call, labels: Labeller) -> bool:
+        """Whether the result's channels may be fewer than the operand's: one channel vector, stored scale and shift."""
+        fields, axis = labels.of(self.x(call)), len(call.out_shape) - 1
+        alone = list(fields) == [axis] == self.axes(call) and fields[axis].numel() == fields[axis].shape[axis]
+        affine = [v for v in (call.value("weight"), call.value("bias")) if v is not None]
+        width = self.outputs(call).numel() if alone else 0
+        return (
+            alone
+            and not self.is_shared(call)
+            and all(isinstance(v, Param) and v.shape == (width,) for v in affine)
+        )
+
+    def is_open(self, call: Call, labels: Labeller) -> bool:
+        """Whether every reader is linear in the result and may change its weight: then it takes statistics."""
+        axis = len(call.out_shape) - 1
+        return (
+            self.is_separate(call, labels) and nonlinear_reader(call.node, axis, labels.program) is None
+        )
+
+    def _own_fields(self, call: Call, labels: Labeller) -> Fields:
+        """Labels of their own: a channel that is kept needs its operand's, or is the place of a statistic."""
+        axis, sources = len(call.out_shape) - 1, self.sources(call, labels)
+        own, n_emitted = labels.table.fresh(sources.numel()), len(self.emits(call))
+        is_open = self.is_open(call, labels)
+        if not is_open:
+            labels.table.imply(own, sources)
+        for name in ("weight", "bias"):
+            value = call.value(name)
+            if value is not None:
+                labels.table.equate(labels.of(value)[0], [own, sources])
+                labels.followers.add(value)
+        stored = call.value("outputs")
+        if stored is not None:
+            labels.pin(stored, call.node.name, Reason.CONSTANT_TABLE)
+        if n_emitted:
+            extra = labels.table.fresh(n_emitted)
+            if not is_open:
+                labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
+            own = torch.cat([own, extra])
+        return {axis: own.view([-1 if d == axis else 1 for d in range(axis + 1)])}
+
+    def sources(self, call: Call, labels: Labeller) -> Tensor:
+        """Label of the operand's channel behind each channel of the result, [M]."""
+        return labels.of(self.x(call))[len(call.out_shape) - 1].flatten()[self.outputs(call)]
 
     def _unified(self, call: Call, labels: Labeller) -> Fields:
         x = self.x(call)
@@ -85,40 +142,14 @@ class NormFacts(OpRule):
                     f = fields[a] = f.narrow(d, 0, 1)
         return fields
 
-    def _outputs(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> Tensor:
-        """Labels of the result's channels: the operand's, or own ones where statistics may take places."""
-        n_emitted = len(self.emits(call))
-        if self.is_open(call, labels, kept, axis):
-            own = labels.table.fresh(kept.numel()).view(kept.shape)
-            labels.table.imply(kept, own)
-        else:
-            own = kept
-        if not n_emitted:
-            return own
-        extra = labels.table.fresh(n_emitted)
-        shape = [n_emitted if d == axis else 1 for d in range(kept.dim())]
-        if own is kept:
-            labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
-        return torch.cat(
-            [own, extra.view(shape).expand([n_emitted if d == axis else n for d, n in enumerate(own.shape)])],
-            axis,
-        )
-
-    def is_open(self, call: Call, labels: Labeller, kept: Tensor, axis: int) -> bool:
-        """Whether there is one channel vector, and every reader is linear in the result and may change its weight."""
-        alone = kept.numel() == kept.shape[axis] and len(self.axes(call)) == 1
-        alone = alone and list(labels.of(self.x(call))) == [axis]
-        return (
-            alone and not self.is_shared(call) and nonlinear_reader(call.node, axis, labels.program) is None
-        )
-
     def _own(self, call: Call, facts: FactTable) -> tuple[int | None, bool]:
         """The channel axis, and whether the result has labels of its own."""
-        fields = facts.fields(self.x(call))
-        axis = self.axis(call, fields)
+        if self.is_separate(call, facts.labeller):
+            return len(call.out_shape) - 1, True
+        axis = self.axis(call, facts.fields(self.x(call)))
         if axis is None or self.is_shared(call) or axis not in facts.fields(call.node):
             return None, False
-        return axis, self.is_open(call, facts.labeller, fields[axis], axis)
+        return axis, False
 
     # -------------------------------------------------------------- facts
     def _vector(self, call: Call, facts: FactTable, name: str, default: float) -> Tensor:
@@ -133,16 +164,15 @@ class NormFacts(OpRule):
         settled = self._of_constants(call, c, gamma, beta)
         if settled is not None:
             return settled
-        axis, is_open = self._own(call, facts)
         still = (gamma == 0).view((1,) * (len(call.out_shape) - gamma.dim()) + tuple(gamma.shape))
         value = torch.where(still, beta, 0.0)
         if self.emits(call):
             extra = [len(self.emits(call)) if d == len(call.out_shape) - 1 else 1 for d in range(value.dim())]
-            width = call.shape(self.x(call))[-1]
+            width = self.outputs(call).numel()
             wide = [width if d == value.dim() - 1 else n for d, n in enumerate(value.shape)]
             still = torch.cat([still.expand(wide), torch.zeros(extra, dtype=torch.bool)], -1)
             value = torch.cat([value.expand(wide), torch.zeros(extra, dtype=torch.float64)], -1)
-        affine = self._affine(call, c, gamma, beta, axis) if is_open and axis is not None else None
+        affine = self._affine(call, c, gamma, beta) if self.is_open(call, facts.labeller) else None
         return Constancy(~still, value, affine)
 
     def _of_constants(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Constancy | None:
@@ -152,7 +182,10 @@ class NormFacts(OpRule):
         shape, axes = call.shape(self.x(call)), self.axes(call)
         value = c.value.double().cpu()
         value = value.expand([shape[a] if a in axes else n for a, n in enumerate(value.shape)])
-        y = self._normalised(call, value, axes) * gamma + beta
+        y = self._normalised(call, value, axes)
+        if call.value("outputs") is not None:
+            y = y.index_select(-1, self.outputs(call))
+        y = y * gamma + beta
         return Constancy.known(y) if bool(y.isfinite().all()) else None
 
     def _normalised(self, call: Call, value: Tensor, axes: list[int]) -> Tensor:
@@ -166,11 +199,12 @@ class NormFacts(OpRule):
         deviation: Tensor = (square / total + call.get("eps", 1e-5)).sqrt()
         return (value - mean) / deviation
 
-    def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor, axis: int) -> Affine:
-        width, n_extra = call.shape(self.x(call))[axis], len(self.emits(call))
-        flat = [width if d == axis else 1 for d in range(c.varies.dim())]
-        varies, value = c.varies.cpu().expand(flat).flatten(), c.value.double().cpu().expand(flat).flatten()
-        gamma, beta = gamma.expand(width), beta.expand(width)
+    def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Affine:
+        axis, n_extra, outputs = c.varies.dim() - 1, len(self.emits(call)), self.outputs(call)
+        flat = [call.shape(self.x(call))[axis] if d == axis else 1 for d in range(axis + 1)]
+        varies = c.varies.cpu().expand(flat).flatten()[outputs]
+        value = c.value.double().cpu().expand(flat).flatten()[outputs]
+        gamma, beta = gamma.expand(outputs.numel()), beta.expand(outputs.numel())
         mask = ~varies & (gamma != 0) & (self.centred | (value != 0))
         mask, value, gamma, beta = (F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta))
         return Affine(call.node, axis, mask, value, gamma, beta, self.centred)
@@ -193,35 +227,47 @@ class NormFacts(OpRule):
         assert isinstance(live, Tensor)
         x = self.x(call)
         c, axes = facts.constancy(x), self.axes(call)
-        axis, is_open = self._own(call, facts)
+        axis, has_own = self._own(call, facts)
         truly, rows = live, live
         for d in axes:
             rows = rows.any(d, keepdim=True)
         if call.get("eps", 1e-5) == 0.0:
             rows = torch.ones_like(rows)  # a partial function: no leftover may come in (theory: Lemma E4)
         if axis is not None:
-            width = call.shape(x)[axis]
-            truly = live.expand(
-                [call.out_shape[axis] if d == axis else n for d, n in enumerate(live.shape)]
-            ).narrow(axis, 0, width)
-            places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
-            if places:
-                truly = truly.index_fill(axis, torch.tensor(places), False)
+            truly = live.expand([call.out_shape[axis] if d == axis else n for d, n in enumerate(live.shape)])
+            if has_own:
+                truly = self._of_operand(call, self._plain(call, facts, truly.flatten())).view(
+                    [-1 if d == axis else 1 for d in range(axis + 1)]
+                )
         wanted = rows & (c.varies.cpu() | facts.kept_channels(x))
         if axis is not None:
-            self._refuse(call, facts, axis, is_open, truly & ~c.varies.cpu())
+            self._refuse(call, facts, axis, truly & ~c.varies.cpu())
             wanted = wanted | truly | (rows & ~self._absorbable(call, facts, c, axis))
         else:
             self._refuse_all(call, facts)
             wanted = rows
         return {x: collapse(wanted & torch.ones(facts.layout(x), dtype=torch.bool), facts.layout(x))}
 
+    def _plain(self, call: Call, facts: FactTable, marked: Tensor) -> Tensor:
+        """Of marked channels of the result those that no statistic travels in, [M]."""
+        width = self.outputs(call).numel()
+        plain = marked[:width].clone()
+        plain[[at for at in facts.emitted.get(call.node, {}).values() if at < width]] = False
+        return plain
+
+    def _of_operand(self, call: Call, marked: Tensor) -> Tensor:
+        """Channels of the operand behind marked channels of the result, [C] bool."""
+        found = torch.zeros(call.shape(self.x(call))[-1], dtype=torch.bool)
+        found[self.outputs(call)[marked]] = True
+        return found
+
     def _refuse_all(self, call: Call, facts: FactTable) -> None:
         reason = Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING
         facts.refuse_constants(call.node, self.x(call), self.axes(call), reason)
 
-    def _refuse(self, call: Call, facts: FactTable, axis: int, is_open: bool, staying: Tensor) -> None:
+    def _refuse(self, call: Call, facts: FactTable, axis: int, staying: Tensor) -> None:
         """Say why constant channels stay: who reads them as they are, or what no statistics are made for."""
+        is_open = self.is_open(call, facts.labeller)
         if not bool(staying.any()) or (is_open and call.node not in facts.closed):
             return
         reader = nonlinear_reader(call.node, axis, facts.program)
@@ -243,14 +289,25 @@ class NormFacts(OpRule):
 
     def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
         """A channel of the result that is kept, and is no statistic, needs its channel of the operand."""
-        axis, is_open = self._own(call, facts)
-        if axis is None or not is_open:
+        axis, has_own = self._own(call, facts)
+        if axis is None or not has_own:
             return None
-        x, width = self.x(call), call.shape(self.x(call))[axis]
-        kept = facts.is_kept(facts.fields(call.node)[axis]).flatten()[:width].clone()
-        places = [at for at in facts.emitted.get(call.node, {}).values() if at < width]
-        kept[places] = False
-        return facts.fields(x)[axis].flatten()[kept]
+        own, sources = facts.fields(call.node)[axis].flatten(), self.sources(call, facts.labeller)
+        needed = sources[self._plain(call, facts, facts.is_kept(own))]
+        if call.node not in facts.whole:
+            return needed
+        return torch.cat([needed, own[: sources.numel()][facts.is_kept(sources)]])
+
+    def left_out(self, call: Call, facts: FactTable) -> Tensor | None:
+        """Labels of the result's channels that are not kept though their operand's are; None when no call selects.
+
+        A call that selects channels already may as well select fewer.
+        """
+        axis, has_own = self._own(call, facts)
+        if axis is None or not has_own or call.value("outputs") is not None or call.node in facts.whole:
+            return None
+        own = facts.fields(call.node)[axis].flatten()[: self.outputs(call).numel()]
+        return own[facts.is_kept(self.sources(call, facts.labeller)) & ~facts.is_kept(own)]
 
     def choose_shift(self, call: Call, facts: FactTable, gone: Tensor) -> None:
         """Choose the c of (mu - c) r for the channels [C] that readers take from the statistics."""
@@ -260,11 +317,10 @@ class NormFacts(OpRule):
 
     def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor) -> bool:
         """Choose where the statistics in ``names`` travel; True when the choice is new."""
-        axis, is_open = self._own(call, facts)
-        if axis is None or not is_open or call.node in facts.closed:
+        if not self.is_open(call, facts.labeller) or call.node in facts.closed:
             return False
-        x, width = self.x(call), call.shape(self.x(call))[axis]
-        stays = facts.is_kept(facts.fields(x)[axis]).flatten()
+        axis, width = len(call.out_shape) - 1, self.outputs(call).numel()
+        stays = facts.is_kept(self.sources(call, facts.labeller))
         places = {name: width + i for i, name in enumerate(self.emits(call))}
         before = facts.emitted.get(call.node)
         if (

@@ -21,7 +21,7 @@ from srfx.nn import (
     resolved_rms_eps,
 )
 from srfx.ops.facts import FactTable
-from srfx.ops.norm import LayerNorm, _ref
+from srfx.ops.norm import LayerNorm, _ref, _stored
 from srfx.ops.registry import op_rule
 from srfx.ops.sizes import set_argument
 
@@ -43,6 +43,8 @@ class RMSNorm(LayerNorm):
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         found, c = super().forward(call, facts), facts.constancy(self.x(call))
         zero = c.is_constant(0).cpu()  # 0 stays 0 whatever the statistics
+        if zero.shape[-1] > 1 and call.value("outputs") is not None:
+            zero = zero.index_select(-1, self.outputs(call))
         width = found.varies.shape[-1]
         if zero.shape[-1] not in (1, width) and width > 1:
             zero = F.pad(zero, (0, width - zero.shape[-1]))
@@ -56,18 +58,19 @@ class RMSNorm(LayerNorm):
         gone: Tensor,
         repeat: int,
         emits: tuple[str, ...],
+        outputs: Tensor | None,
     ) -> Iterable[GraphEdit]:
         removed = RemovedConstants.from_values(gone, repeat=repeat)
         squares = self._squares(call) + removed.sum_squares
         n_kept = torch.Size(shape).numel()
         n_total = self._total(call) or n_kept + removed.n_values
-        if emits or len(shape) > 1 or self._total(call):
-            return self._compensated(call, shape, n_total, squares, emits)
+        if emits or outputs is not None or len(shape) > 1 or self._total(call):
+            return self._compensated(call, shape, n_total, squares, emits, outputs)
         dtype = call.output.dtype
         eps = resolved_rms_eps(call.get("eps"), dtype)
         weight = call.value("weight")
         if weight is None or not isinstance(weight, Param):
-            return self._compensated(call, shape, n_total, squares, emits)
+            return self._compensated(call, shape, n_total, squares, emits, outputs)
         kept = facts.compact(weight.tensor.detach(), facts.fields(weight), weight.shape)
         scaled, eps = rescale_rms_norm(kept, eps, n_kept, n_total, squares)
         assert scaled is not None
@@ -81,16 +84,29 @@ class RMSNorm(LayerNorm):
         return [*edits, set_argument(call, "normalized_shape", tuple(shape)), set_argument(call, "eps", eps)]
 
     def _compensated(
-        self, call: Call, shape: list[int], n_total: int, squares: float, emits: tuple[str, ...]
+        self,
+        call: Call,
+        shape: list[int],
+        n_total: int,
+        squares: float,
+        emits: tuple[str, ...],
+        outputs: Tensor | None,
     ) -> Iterable[GraphEdit]:
         if call.module is not None:
             affine = call.get("weight") is not None
             module = CompensatedRMSNorm(
-                shape[-1], n_total, squares, eps=call.get("eps"), elementwise_affine=affine, emits=emits
+                shape[-1],
+                n_total,
+                squares,
+                eps=call.get("eps"),
+                elementwise_affine=affine,
+                emits=emits,
+                outputs=outputs,
+                device=call.output.device,
             )
             return [ReplaceModule(call.node.name, module, ("weight",) if affine else ())]
         args = (Ref(call["input"].name), tuple(shape), n_total, squares)
-        kwargs = {"weight": _ref(call, "weight"), "eps": call.get("eps"), "emits": emits}
+        kwargs = {"weight": _ref(call, "weight"), "eps": call.get("eps"), "emits": emits, **_stored(call, outputs)}
         return [Recall(call.node.name, functional.compensated_rms_norm, args, kwargs)]
 
     def axes(self, call: Call) -> list[int]:
@@ -107,5 +123,5 @@ class RMSNorm(LayerNorm):
 
 op_rule(
     nn.RMSNorm, F.rms_norm, torch.rms_norm, aten.rms_norm.default, CompensatedRMSNorm,
-    (functional.compensated_rms_norm, "input normalized_shape n_total removed_sum_squares weight eps emits"),
+    (functional.compensated_rms_norm, "input normalized_shape n_total removed_sum_squares weight eps emits outputs"),
 )(RMSNorm)  # fmt: skip
