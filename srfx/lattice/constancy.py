@@ -29,6 +29,7 @@ class Affine:
     value: Tensor  # [C] float64, what the norm sees
     scale: Tensor  # [C] float64
     offset: Tensor  # [C] float64
+    sources: Tensor  # [C] label of the channel that the norm sees, 0 where there is none
     centred: bool = True
     bordered: bool = False
 

@@ -316,7 +316,7 @@ class ContractionFacts(OpRule):
     def _combinable(self, call: Call, facts: FactTable, c: Constancy) -> Tensor | None:
         """Channels of a norm's output that this call takes as combinations of its statistics, [.., 1, C].
 
-        A channel that the norm keeps anyway is read as it is.
+        A channel that the norm sees anyway is read as it is.
         """
         affine = c.affine
         if (
@@ -326,7 +326,7 @@ class ContractionFacts(OpRule):
             or affine.norm in facts.closed
         ):
             return None
-        kept = self._by_group(call, facts.kept_channels(self.x(call)))
+        kept = self._by_group(call, facts.kept_channels(self.x(call))) | facts.is_kept(affine.sources)
         return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
 
     def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:

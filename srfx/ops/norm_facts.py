@@ -206,8 +206,11 @@ class NormFacts(OpRule):
         value = c.value.double().cpu().expand(flat).flatten()[outputs]
         gamma, beta = gamma.expand(outputs.numel()), beta.expand(outputs.numel())
         mask = ~varies & (gamma != 0) & (self.centred | (value != 0))
-        mask, value, gamma, beta = (F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta))
-        return Affine(call.node, axis, mask, value, gamma, beta, self.centred)
+        labels = self.sources(call, facts.labeller)
+        mask, value, gamma, beta, labels = (
+            F.pad(v, (0, n_extra)) for v in (mask, value, gamma, beta, labels)
+        )
+        return Affine(call.node, axis, mask, value, gamma, beta, labels, self.centred)
 
     def shift(self, call: Call, constants: Tensor) -> float:
         """Choose c of the emitted (mu - c) r: near the constants that readers take from it; their value, if it is one.
