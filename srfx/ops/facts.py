@@ -256,6 +256,8 @@ def layout_of(fields: Fields, rank: int) -> Shape:
 
 def collapse(mask: Tensor, shape: Shape) -> Tensor:
     """OR a bool tensor down to a layout: leading axes and axes of size 1 there are reduced."""
+    if not mask.numel():
+        return torch.zeros(shape, dtype=torch.bool)
     lead = mask.dim() - len(shape)
     axes = [a + lead for a, n in enumerate(shape) if n == 1 and mask.shape[a + lead] > 1]
     if lead:

@@ -172,7 +172,7 @@ class NormFacts(OpRule):
             wide = [width if d == value.dim() - 1 else n for d, n in enumerate(value.shape)]
             still = torch.cat([still.expand(wide), torch.zeros(extra, dtype=torch.bool)], -1)
             value = torch.cat([value.expand(wide), torch.zeros(extra, dtype=torch.float64)], -1)
-        affine = self._affine(call, c, gamma, beta) if self.is_open(call, facts.labeller) else None
+        affine = self._affine(call, facts, gamma, beta) if self.is_open(call, facts.labeller) else None
         return Constancy(~still, value, affine)
 
     def _of_constants(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Constancy | None:
@@ -199,7 +199,8 @@ class NormFacts(OpRule):
         deviation: Tensor = (square / total + call.get("eps", 1e-5)).sqrt()
         return (value - mean) / deviation
 
-    def _affine(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Affine:
+    def _affine(self, call: Call, facts: FactTable, gamma: Tensor, beta: Tensor) -> Affine:
+        c = facts.constancy(self.x(call))
         axis, n_extra, outputs = c.varies.dim() - 1, len(self.emits(call)), self.outputs(call)
         flat = [call.shape(self.x(call))[axis] if d == axis else 1 for d in range(axis + 1)]
         varies = c.varies.cpu().expand(flat).flatten()[outputs]
