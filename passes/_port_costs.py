@@ -109,7 +109,9 @@ def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) ->
         if not isinstance(site.rule, Movement):
             for axis, labels in fields.items():
                 n_bytes = hint.element_size() * _others(facts, site.node, axis)
-                add_to_classes(facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel())
+                add_to_classes(
+                    facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel()
+                )
     return found
 
 

@@ -26,7 +26,6 @@ from srfx.ops.facts import FactTable
 from srfx.ops.norm import LayerNorm
 from srfx.ops.sharing import siblings
 
-
 WEIGHTS_PER_CHANNEL = 16
 """So many weights have to go for each channel that a norm selects.
 

@@ -64,7 +64,9 @@ class LayerNorm(NormFacts):
     def _outputs_left(self, call: Call, facts: FactTable, axis: int, n_emitted: int) -> Tensor | None:
         """Which of the channels that are left of the operand come out, [M]; None for all of them in their order."""
         held = facts.index(facts.fields(self.x(call)), axis)
-        place = torch.full((call.shape(self.x(call))[axis],), -1).index_copy(0, held, torch.arange(held.numel()))
+        place = torch.full((call.shape(self.x(call))[axis],), -1).index_copy(
+            0, held, torch.arange(held.numel())
+        )
         own = facts.index(facts.fields(call.node), axis)
         chosen = place[self.outputs(call)[own[: own.numel() - n_emitted]]]
         return None if chosen.numel() == held.numel() and is_range(chosen) else chosen

@@ -70,7 +70,9 @@ class NormFacts(OpRule):
             return self._own_fields(call, labels)
         if self.emits(call) or call.value("outputs") is not None:  # where its statistics go is not known here
             for value in call.values():
-                labels.pin(value, site, Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING)
+                labels.pin(
+                    value, site, Reason.SHARED_WEIGHT if self.is_shared(call) else Reason.CHANNEL_MIXING
+                )
             return {}
         fields = self._unified(call, labels)
         axis = self.axis(call, fields)
@@ -95,9 +97,7 @@ class NormFacts(OpRule):
     def is_open(self, call: Call, labels: Labeller) -> bool:
         """Whether every reader is linear in the result and may change its weight: then it takes statistics."""
         axis = len(call.out_shape) - 1
-        return (
-            self.is_separate(call, labels) and nonlinear_reader(call.node, axis, labels.program) is None
-        )
+        return self.is_separate(call, labels) and nonlinear_reader(call.node, axis, labels.program) is None
 
     def _own_fields(self, call: Call, labels: Labeller) -> Fields:
         """Labels of their own: a channel that is kept needs its operand's, or is the place of a statistic."""

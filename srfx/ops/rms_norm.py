@@ -106,7 +106,12 @@ class RMSNorm(LayerNorm):
             )
             return [ReplaceModule(call.node.name, module, ("weight",) if affine else ())]
         args = (Ref(call["input"].name), tuple(shape), n_total, squares)
-        kwargs = {"weight": _ref(call, "weight"), "eps": call.get("eps"), "emits": emits, **_stored(call, outputs)}
+        kwargs = {
+            "weight": _ref(call, "weight"),
+            "eps": call.get("eps"),
+            "emits": emits,
+            **_stored(call, outputs),
+        }
         return [Recall(call.node.name, functional.compensated_rms_norm, args, kwargs)]
 
     def axes(self, call: Call) -> list[int]:
