@@ -27,6 +27,7 @@ STATISTIC = "STATISTIC"
 IMPLIED = "IMPLIED"
 RESTORED = "RESTORED"
 SUSTAINED = "SUSTAINED"
+WHOLE = "WHOLE"
 
 MEANINGS = {
     READ: "the analysis takes it for read",
@@ -35,6 +36,7 @@ MEANINGS = {
     IMPLIED: "another class that is kept needs it",
     RESTORED: "an output is as wide as it was: a template fills it up",
     SUSTAINED: "an op needs it because of what else is kept",
+    WHOLE: "to leave it out of what a norm writes would cost more than it saves",
 }
 """What the codes mean that are no `srfx.ir.plan.Reason`."""
 
@@ -96,7 +98,7 @@ class Explainer:
         if bool(self._multiples[label]):
             return Why(Reason.MULTIPLE_OF.name, self._block(label))
         if label in self._sustained:
-            return Why(SUSTAINED, self._sustained[label])
+            return self._sustained[label]
         if label in self._lonely:
             return Why(Reason.LAST_CHANNEL.name, self._lonely[label])
         if label in self._readers:
@@ -233,13 +235,14 @@ class Explainer:
                             found[int(flat[place])] = f"{norm.name}: {name}"
         return found
 
-    def _sustainers(self) -> dict[int, str]:
-        found: dict[int, str] = {}
+    def _sustainers(self) -> dict[int, Why]:
+        found: dict[int, Why] = {}
         for site in self.sites:
             labels = site.rule.sustain(site.call, self.facts)
             if labels is not None:
+                why = Why(WHOLE if site.node in self.facts.whole else SUSTAINED, site.node.name)
                 for label in self.facts.classes.representative[labels].unique().tolist():
-                    found.setdefault(label, site.node.name)
+                    found.setdefault(label, why)
         return found
 
     def _implication(self, label: int) -> Why:
