@@ -74,14 +74,22 @@ class Classes:
             multiple_of,
         )
 
-    def close(self, seed: Tensor) -> Tensor:
-        """The kept set, [labels] bool by representative; ``seed`` marks representatives that have to stay."""
+    def close(self, seed: Tensor, first: Tensor | None = None) -> Tensor:
+        """The kept set, [labels] bool by representative.
+
+        Args:
+            seed: representatives that have to stay.
+            first: those that are revived before others where equal counts leave a choice.
+        """
         kept = seed | self.pinned
+        order = torch.arange(kept.numel())
+        if first is not None:
+            order = order + torch.where(first, 0, kept.numel())
         while True:
             before = int(kept.sum())
             self._imply(kept)
             for block in self.blocks:
-                self._fill(kept, block)
+                self._fill(kept, block, order)
             if int(kept.sum()) == before:
                 return kept
 
@@ -96,7 +104,7 @@ class Classes:
             if not changed:
                 return
 
-    def _fill(self, kept: Tensor, block: Block) -> None:
+    def _fill(self, kept: Tensor, block: Block, order: Tensor) -> None:
         lanes = kept[block.rows]  # [R, n]
         if block.guards.shape[1]:
             kept[block.guards[lanes.any(1)].reshape(-1)] = True
@@ -112,14 +120,14 @@ class Classes:
         if not bool(short.any()):
             return
         rows = block.rows[short]
-        kept[rows[_chosen(rows, ~lanes[short], (wanted - counts[short]).unsqueeze(1))]] = True
+        kept[rows[_chosen(order[rows], ~lanes[short], (wanted - counts[short]).unsqueeze(1))]] = True
 
 
 def _chosen(rows: Tensor, dead: Tensor, missing: Tensor) -> Tensor:
     """Dead lanes to revive in each row, [R, n] bool: whole classes, as many as fit into ``missing`` [R, 1].
 
     A class may hold several lanes of a row (a rotary pair), and reviving one revives them all: classes are taken in
-    the order of their labels while they fit; when the first does not fit, the first that does, else the first.
+    the order of the numbers in ``rows`` while they fit; when the first does not fit, the first that does, else the first.
     """
     last = torch.iinfo(rows.dtype).max
     ordered, order = torch.where(dead, rows, last).sort(dim=1, stable=True)  # lanes of a class stand together

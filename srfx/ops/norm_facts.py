@@ -103,9 +103,6 @@ class NormFacts(OpRule):
         """Labels of their own: a channel that is kept needs its operand's, or is the place of a statistic."""
         axis, sources = len(call.out_shape) - 1, self.sources(call, labels)
         own, n_emitted = labels.table.fresh(sources.numel()), len(self.emits(call))
-        is_open = self.is_open(call, labels)
-        if not is_open:
-            labels.table.imply(own, sources)
         for name in ("weight", "bias"):
             value = call.value(name)
             if value is not None:
@@ -116,7 +113,7 @@ class NormFacts(OpRule):
             labels.pin(stored, call.node.name, Reason.CONSTANT_TABLE)
         if n_emitted:
             extra = labels.table.fresh(n_emitted)
-            if not is_open:
+            if not self.is_open(call, labels):
                 labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
             own = torch.cat([own, extra])
         return {axis: own.view([-1 if d == axis else 1 for d in range(axis + 1)])}

@@ -8,6 +8,7 @@ says so, and for which reason.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -81,13 +82,15 @@ class Probe:
     Attributes:
         values: every value with channels, axis by axis, in graph order.
         n_classes: classes of tied channels that flow through the graph.
-        n_removable: those that could go.
+        n_unneeded: those that are still or unread.
+        n_removable: those of them that could go while heads and groups keep equally many channels.
         leftovers: those of them that the analysis keeps.
         n_draws: draws of weights that told something.
     """
 
     values: tuple[ValueProbe, ...]
     n_classes: int
+    n_unneeded: int
     n_removable: int
     leftovers: tuple[Leftover, ...]
     n_draws: int
@@ -96,6 +99,11 @@ class Probe:
     def n_gone(self) -> int:
         """Removable classes that go."""
         return self.n_removable - len(self.leftovers)
+
+    @property
+    def n_held(self) -> int:
+        """Classes that are not needed, but that equal counts of other classes hold."""
+        return self.n_unneeded - self.n_removable
 
     @property
     def share(self) -> float:
@@ -115,6 +123,7 @@ class Probe:
         lines = [
             f"{self.n_classes} classes of tied channels, {self.n_draws} draws of weights",
             f"{self.n_removable} could go, {self.n_gone} go ({100 * self.share:.1f} %)",
+            *([f"  {self.n_held} more are not needed, but for equal counts"] if self.n_held else []),
         ]
         for reason, count in self.reasons.items():
             lines.append(f"  {count} stay: {reason}, {Why(reason, '').meaning}")
@@ -205,11 +214,13 @@ def examine(
         draw += 1
     if observer.n_draws:
         observer.confirm()
+    unneeded = _unneeded(facts, watched, observer, flowing)
     removable = _removable(facts, watched, observer, flowing)
     left = (removable & facts.kept).nonzero().flatten().tolist()
     return Probe(
         tuple(_value_probes(watched, observer)),
         int(flowing.sum()),
+        int(unneeded.sum()),
         int(removable.sum()),
         tuple(_leftovers(facts, sites, watched, left)),
         observer.n_draws,
@@ -243,7 +254,7 @@ def _flowing(facts: FactTable, watched: dict[fx.Node, Fields]) -> Tensor:
     return found
 
 
-def _removable(
+def _unneeded(
     facts: FactTable, watched: dict[fx.Node, Fields], observer: Observer, flowing: Tensor
 ) -> Tensor:
     """Flowing classes none of whose elements both varies and is read; none before anything was learnt."""
@@ -254,6 +265,20 @@ def _removable(
         needed = observer.varies[node.name] & observer.read[node.name]
         found[classes_of(fields, needed, facts.classes)] = False
     return found
+
+
+def _removable(
+    facts: FactTable, watched: dict[fx.Node, Fields], observer: Observer, flowing: Tensor
+) -> Tensor:
+    """Classes that are not needed, without those that rectangular tensors need beside those that are.
+
+    Where equal counts leave a choice, what the analysis keeps is chosen: only what it keeps beyond is removable.
+    """
+    unneeded = _unneeded(facts, watched, observer, flowing)
+    nothing = torch.zeros_like(facts.classes.pinned)
+    nothing[0] = True
+    shapes = dataclasses.replace(facts.classes, pinned=nothing)
+    return unneeded & ~shapes.close(flowing & ~unneeded, first=facts.kept)
 
 
 def _value_probes(watched: dict[fx.Node, Fields], observer: Observer) -> list[ValueProbe]:

@@ -134,8 +134,9 @@ def test_again_with_more_zeros() -> None:
     kill(once.get_submodule("a"), [2])
     check(once, (X,), routes=["symbolic"], kept={"wide.weight": (40, 12), "a.weight": (23, 6)})
     norm = minimize(once, X.double()).get_submodule("norm")
-    assert isinstance(norm, CompensatedLayerNorm) and norm.outputs is not None
-    assert norm.outputs.numel() == 11 and norm.n_kept == 23 and norm.emits == ("mu_r",)
+    assert isinstance(norm, CompensatedLayerNorm)
+    assert norm.outputs is not None
+    assert (norm.outputs.numel(), norm.n_kept, norm.emits) == (11, 23, ("mu_r",))
 
 
 def test_multiples() -> None:

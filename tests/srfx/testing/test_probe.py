@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import srfx
+from srfx.analysis import analyse
 from srfx.analysis.why import MEANINGS
 from srfx.ir.capture import capture
 from srfx.ir.plan import Reason
+from srfx.ir.shapes import survey
 from srfx.testing import Probe, ValueProbe, probe
 from srfx.testing.observe import Observer
+from srfx.testing.probe import examine
 from srfx.testing.resample import Resampler
 from tests.helpers import kill, randomized
 from tests.snapshots import assert_unchanged, snapshot, trace
@@ -107,14 +111,57 @@ def test_a_constant_that_a_shared_layer_cannot_absorb() -> None:
 
 
 def test_a_carrier_and_a_block() -> None:
+    """Two groups of two channels: with one gone the other group needs two, so the dead one is held."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, groups=2),
                         nn.Conv2d(4, 2, 1))  # fmt: skip
     randomized(net)
     kill(net[0], rows=(0, 2))
     kill(net[2], rows=(1,))
     found = probe(net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
-    assert found.reasons == {"CARRIER": 1, Reason.BLOCK_COUNT.name: 1}
-    assert found.n_removable == 3
+    assert found.reasons == {"CARRIER": 1}
+    assert (found.n_unneeded, found.n_removable, found.n_held) == (3, 2, 1)
+    assert "1 more are not needed, but for equal counts" in str(found)
+
+
+class Heads(nn.Module):
+    """Self-attention of two heads with four lanes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(n, 8) for n in (6, 6, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        z: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return z
+
+
+def test_lanes_that_equal_counts_hold_are_not_removable() -> None:
+    """Head 0 loses values 1 and 2, head 1 loses one: two go, the third stays because head 1 has three."""
+    net = randomized(Heads()).double()
+    kill(net.o, columns=(1, 2, 4))
+    found = probe(net, torch.randn(2, 5, 6, dtype=torch.float64))
+    assert (found.n_unneeded, found.n_removable, found.n_gone, found.n_held) == (3, 2, 2, 1)
+    net = randomized(Heads()).double()
+    kill(net.o, columns=(0, 1, 2, 3))
+    found = probe(net, torch.randn(2, 5, 6, dtype=torch.float64))
+    assert (found.n_held, found.share) == (0, 1.0)  # a head that goes holds nothing
+
+
+def test_lanes_kept_beyond_equal_counts_are_removable() -> None:
+    """Were the analysis to keep a lane of each head for no reason, the probe would say so."""
+    net = randomized(Heads()).double()
+    kill(net.o, columns=(1, 2, 4, 5))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    gm = trace(net, (x,), "symbolic")
+    facts, sites = analyse(gm, survey(gm, [x]).values)
+    projected = next(site.node for site in sites if site.node.name == "v")
+    values = facts.classes.representative[facts.fields(projected)[2].flatten()]
+    assert not bool(facts.kept[values[[1, 4]]].any())
+    facts.kept[values[[1, 4]]] = True
+    found = examine(facts, sites, [x], 2, 2, 0)
+    assert (found.n_removable, found.n_gone, found.n_held) == (4, 2, 0)
 
 
 def test_the_last_channel_and_a_template() -> None:
