@@ -177,9 +177,9 @@ KINDS: dict[str, Kind] = {
                               depths=[2, 2], num_stages=2, num_labels=11), PICTURE, False, None, 32),
     "resnet": Kind(_model("ResNetForImageClassification", "ResNetConfig", embedding_size=13, hidden_sizes=[20, 28],
                           depths=[2, 2], num_labels=11), PICTURE, False, None, 32),
-    "mobilevit": Kind(_model("MobileViTForImageClassification", "MobileViTConfig", image_size=64,
+    "mobilevit": Kind(_model("MobileViTForImageClassification", "MobileViTConfig", image_size=128,
                              hidden_sizes=[36, 44, 52], neck_hidden_sizes=[8, 12, 16, 20, 24, 28, 76],
-                             num_attention_heads=2, num_labels=11), PICTURE, False, None, 64),
+                             num_attention_heads=2, num_labels=11), PICTURE, False, None, 128),
     "poolformer": Kind(_model("PoolFormerForImageClassification", "PoolFormerConfig", hidden_sizes=[10, 14, 18, 22],
                               depths=[1, 1, 1, 1], num_labels=11), PICTURE, False, None, 64),
     # ------------------------------------------------------------------ sound

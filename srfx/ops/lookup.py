@@ -22,6 +22,7 @@ from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import _axis
 from srfx.ops.registry import op_rule, resolve
 from srfx.ops.rule import OpRule
+from srfx.ops.tile import Repeat
 from srfx.ops.views import Expand
 
 aten = torch.ops.aten
@@ -62,7 +63,7 @@ class Gather(OpRule):
         return labels.unify([(fields, shape), (mine, wide)], len(shape), call.node.name)
 
     def _repeated(self, call: Call, fields: Fields) -> list[int]:
-        """Axes along which the index is one position, repeated as often as a size at run time says."""
+        """Axes along which the index is one position, expanded or repeated."""
         before = self._before_expand(call)
         if before is None or self._along(call) in fields:
             return []
@@ -72,14 +73,16 @@ class Gather(OpRule):
         ]
 
     def _before_expand(self, call: Call) -> fx.Node | None:
-        """What an expanded index was, with as many axes."""
+        """What an expanded or repeated index was: as many axes, those that grew of size 1."""
         index = call.value("index") if call.value("index") is not None else call.value("indices")
         if not isinstance(index, fx.Node) or not index.op.startswith("call"):
             return None
         rule, inner = resolve(index, call.program)
-        source = inner.value("input") if isinstance(rule, Expand) else None
-        is_whole = isinstance(source, fx.Node) and len(call.program.shape(source)) == len(call.out_shape)
-        return source if is_whole and isinstance(source, fx.Node) else None
+        source = inner.value("input") if isinstance(rule, Expand | Repeat) else None
+        if not isinstance(source, fx.Node) or len(call.program.shape(source)) != len(call.out_shape):
+            return None
+        sizes = zip(call.program.shape(source), call.out_shape, strict=True)
+        return source if all(m in (1, n) for m, n in sizes) else None
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         """An index that is repeated along an axis that shrinks broadcasts instead."""

@@ -24,6 +24,7 @@ from srfx.analysis.calls import Site
 from srfx.analysis.why import Explainer, Why, classes_of
 from srfx.ir.aliases import mutation_barriers
 from srfx.ir.capture import capture
+from srfx.ir.program import Program
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.lattice.movement import Fields
@@ -230,17 +231,27 @@ def examine(
 def _watched(facts: FactTable) -> dict[fx.Node, Fields]:
     """Values with channels, in graph order; a tuple is seen where its parts are taken out.
 
-    What no input reaches (tables of angles, positions, a bias looked up by a constant index) never varies, and
+    What no input reaches, or its sizes only (tables of angles, positions, a mask of windows), never varies, and
     positions that index something are no channels: neither is seen.
     """
     found = {}
-    idle = facts.program.independent | facts.program.tables
+    idle = facts.program.independent | facts.program.tables | _of_sizes(facts.program)
     for node in facts.program.nodes:
         fields, hint = facts.labeller.fields.get(node), facts.program.hints.get(node)
         if node in idle or node.op == "get_attr" or not isinstance(hint, Tensor):
             continue
         if isinstance(fields, dict) and fields and (hint.is_floating_point() or hint.is_complex()):
             found[node] = fields
+    return found
+
+
+def _of_sizes(program: Program) -> set[fx.Node]:
+    """Tensors that no number of an input reaches, only sizes."""
+    found: set[fx.Node] = set()
+    for node in program.nodes:
+        tensors = [n for n in node.all_input_nodes if not isinstance(program.hints.get(n), (int, torch.Size))]
+        if node.op.startswith("call") and all(n in found or n.op == "get_attr" for n in tensors):
+            found.add(node)
     return found
 
 
