@@ -29,8 +29,8 @@ aten = torch.ops.aten
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-@op_rule(torch.gather, "gather", aten.gather.default, torch.take_along_dim, "take_along_dim",
-         (aten.take_along_dim.default, "input index dim"))  # fmt: skip
+@op_rule(torch.gather, "gather", aten.gather.default, (torch.take_along_dim, "input index dim"),
+         ("take_along_dim", "input index dim"), (aten.take_along_dim.default, "input index dim"))  # fmt: skip
 class Gather(OpRule):
     """y[.., i, ..] = x[.., index[.., i, ..], ..] along one axis; positions elsewhere are those of the index."""
 
@@ -44,7 +44,11 @@ class Gather(OpRule):
             return None
         axis, x, y = self._along(call), call.shape(source), call.out_shape
         whole = all(n == m for a, (n, m) in enumerate(zip(x, y, strict=True)) if a != axis)
-        return (source, index) if whole and call.shape(index) == y else None
+        positions = zip(call.shape(index), y, strict=False)
+        fits = len(call.shape(index)) == len(y) and all(
+            n in (1, m) for n, m in positions
+        )  # take_along_dim broadcasts
+        return (source, index) if whole and fits else None
 
     def _along(self, call: Call) -> int:
         return _axis(call.get("dim"), len(call.out_shape))
@@ -59,18 +63,17 @@ class Gather(OpRule):
         fields = _without(labels.of(source), axis, labels)
         shape = tuple(1 if a == axis else n for a, n in enumerate(call.out_shape))
         repeated, mine = self._repeated(call, labels.of(index)), labels.of(index)
-        wide = tuple(1 if a in repeated else n for a, n in enumerate(call.out_shape))
+        wide = tuple(1 if a in repeated else n for a, n in enumerate(call.shape(index)))
         return labels.unify([(fields, shape), (mine, wide)], len(shape), call.node.name)
 
     def _repeated(self, call: Call, fields: Fields) -> list[int]:
         """Axes along which the index is one position, expanded or repeated."""
         before = self._before_expand(call)
-        if before is None or self._along(call) in fields:
+        if before is None:
             return []
         sizes = zip(call.program.shape(before), call.out_shape, strict=True)
-        return [
-            a for a, (m, n) in enumerate(sizes) if m == 1 < n and a not in fields and a != self._along(call)
-        ]
+        along = self._along(call)
+        return [a for a, (m, n) in enumerate(sizes) if m == 1 < n and a not in fields and a != along]
 
     def _before_expand(self, call: Call) -> fx.Node | None:
         """What an expanded or repeated index was: as many axes, those that grew of size 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,38 @@ def test_gather_along_tokens_keeps_channels_apart() -> None:
     kill(model.back, columns=[2])
     # a constant is a constant wherever it is gathered; the index is as wide as the channels
     check(model, (torch.randn(2, T, 4), torch.randint(0, T, (2, T))))
+
+
+SPREADS: dict[str, Any] = {
+    "expand": lambda ids, y: ids.unsqueeze(-1).expand(-1, -1, C),
+    "expand_as": lambda ids, y: ids.unsqueeze(-1).expand_as(y),
+    "repeat": lambda ids, y: ids.unsqueeze(-1).repeat(1, 1, C),
+    "tile": lambda ids, y: ids.unsqueeze(-1).tile(1, 1, C),
+    "literal": lambda ids, y: torch.arange(T - 1, -1, -1).view(1, T, 1).expand(y.size(0), T, C),
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("gather", [torch.gather, lambda y, dim, ids: torch.take_along_dim(y, ids, dim)])
+def test_gather_by_an_index_that_is_repeated(name: str, gather: Any) -> None:
+    """Tokens put in another order (masked autoencoders): one index for all channels, which go as ever."""
+
+    class Gathered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Linear(4, C), nn.Linear(C, 3)
+            randomized(self)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            y = self.front(x)
+            return self.back(gather(y, 1, SPREADS[name](ids, y)))
+
+    model = Gathered()
+    kill(model.front, rows=[0, 1])
+    kill(model.back, columns=[2])
+    inputs = (torch.randn(2, T, 4), torch.randint(0, T, (2, T)))
+    routes = ["export"] if name == "literal" else ["symbolic", "export"]  # a proxy cannot size a tensor
+    check(model, inputs, kept={"front.weight": (C - 3, 4), "back.weight": (3, C - 3)}, routes=routes)
 
 
 def test_gather_along_channels_keeps_them() -> None:
