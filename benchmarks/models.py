@@ -247,7 +247,8 @@ no key, makes something else of. *Refused* counts sites by reason (`srfx.report`
             wrong = "" if r["status"] == "exact" else " **wrong**"
             lines.append(
                 f"| {r['name']} | {r['before']:,} | {r['after']:,} | {share} | {r['error']:.0e}{wrong} | "
-                f"{_went(r)} | {r.get('held', '')} | {_counts(r.get('stay', {}))} | {_counts(r['refusals'])} | {_counts(r['unknown'])} |"
+                f"{_went(r)} | {r.get('held', '')} | {_counts(r.get('stay', {}))} | {_counts(r['refusals'])} | "
+                f"{_counts(r['unknown'])} |"
             )
         else:
             what = r.get("message", "").splitlines() or [""]
