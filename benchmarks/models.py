@@ -3,6 +3,7 @@
     python -m benchmarks.models                     all, and write docs/models.md and benchmarks/results/models.json
     python -m benchmarks.models llama gemma         those whose name contains one of these; nothing is written
     python -m benchmarks.models --json out/m.json   write the numbers elsewhere
+    python -m benchmarks.models --resume            go on where a run of this version was stopped
     python -m benchmarks.models --no-probe          leave the completeness probe out (most of the time)
 
 Each model is exported in a process of its own (dynamic batch, under no_grad), float64 throughout: the float32 that
@@ -271,22 +272,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--limit-s", type=float, default=180.0)
     parser.add_argument("--no-probe", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has already")
     parser.add_argument("--verbose", action="store_true", help="every refusal, and where a crash came from")
     args = parser.parse_args()
     names = [n for n in KINDS if not args.names or any(part in n for part in args.names)]
+    path = args.json or (None if args.names else ROOT / "benchmarks" / "results" / "models.json")
+    done = {}
+    if args.resume and path is not None and path.exists():
+        done = {row["name"]: row for row in json.loads(path.read_text())}
     rows = []
     for name in names:
-        rows.append(in_child(name, args.limit_s, not args.no_probe))
+        rows.append(done[name] if name in done else in_child(name, args.limit_s, not args.no_probe))
         print(line(rows[-1]), flush=True)
         if args.verbose:
             print(rows[-1].get("trace", ""), *rows[-1].get("sites", []), sep="\n    ")
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    if args.names and not args.json:
-        return
-    path = args.json or ROOT / "benchmarks" / "results" / "models.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     if not args.names:
         (ROOT / "docs" / "models.md").write_text(page(rows))
 
