@@ -72,7 +72,7 @@ def matrices(model: nn.Module) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("batch_first", "mask"),
-    [(True, "none"), (False, "none"), (False, "attn_mask"), (True, "key_padding_mask")],
+    [(True, "none"), (False, "none"), (True, "attn_mask"), (True, "key_padding_mask")],
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_heads_and_head_widths_shrink(name: str, batch_first: bool, mask: str) -> None:
