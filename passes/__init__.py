@@ -13,6 +13,7 @@ from srfx.passes import (  # noqa: F401
     functionalize,
     fuse_spreads,
     lower_einsum,
+    open_tuples,
     ragged_reads_writes,
     raise_channel_shuffle,
     raise_linear,

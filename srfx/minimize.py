@@ -43,6 +43,7 @@ CANONICALISE = (
     "decompose-recurrent",
     "functionalize",
     "lower-einsum",
+    "open-tuples",
     "fold-parameter-math",
     "drop-noops",
     "raise-linear",
