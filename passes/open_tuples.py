@@ -61,7 +61,9 @@ class OpenTuples(Pass):
         for node in found:
             rule, call = resolve(node, program)
             given = call.bound.get("tensors") if isinstance(rule, (Concat, Stack)) else None
-            opened = _elements(given, program) if isinstance(given, fx.Node) else None
+            if not isinstance(given, fx.Node):
+                continue
+            opened = _elements(given, program)
             if opened is None:
                 continue
             pieces, indices = opened
