@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srfx.ir.timing import best_s
-from srfx.nn.selection import spread
+from srfx.nn.selection import select, spread
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,14 @@ def machine_costs(device: str = "cpu") -> MachineCosts:
 def _cache_path(device: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     place = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
-    parts = (platform.machine(), place, device.split(":")[0], str(torch.get_num_threads()), torch.__version__)
+    parts = (
+        "2",
+        platform.machine(),
+        place,
+        device.split(":")[0],
+        str(torch.get_num_threads()),
+        torch.__version__,
+    )
     return base / "srfx" / f"machine-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"
 
 
@@ -103,14 +110,15 @@ def measure_costs(device: str = "cpu") -> MachineCosts:
     with torch.no_grad():
         small = torch.zeros(1, 8, device=device)
         a, b = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
-        plane, row = torch.randn(4, 256, 28, 28, device=device), torch.randn(784, 1024, device=device)
+        plane, row = torch.randn(4, 256, 28, 28, device=device), torch.randn(4, 128, 512, device=device)
         picture, kernel = (
             torch.randn(1, 128, 14, 14, device=device),
             torch.randn(128, 128, 3, 3, device=device),
         )
         point, wide = torch.randn(1, 256, 2, 2, device=device), torch.randn(256, 256, 3, 3, device=device)
         vector, matrix = torch.randn(1, 1024, device=device), torch.randn(1024, 1024, device=device)
-        call_s = _best_s(lambda: small.index_select(1, _half(8, device)), device)
+        some = _half(8, device)
+        call_s = _best_s(lambda: small.index_select(1, some), device)
         return MachineCosts(
             call_s,
             _best_s(lambda: a @ b, device) / 512**3,
@@ -134,7 +142,7 @@ def _half(n: int, device: str) -> Tensor:
 
 def _select_s(x: Tensor, dim: int, device: str) -> float:
     index = _half(x.shape[dim], device)
-    return _best_s(lambda: x.index_select(dim, index), device) / (x.numel() * 2)
+    return _best_s(lambda: select(x, dim, index), device) / (x.numel() * 2)
 
 
 def _spread_s(x: Tensor, dim: int, device: str) -> float:

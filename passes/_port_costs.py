@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.movement import Movement
 from srfx.ops.port import selection_before
+from srfx.ops.sizes import is_range
 from srfx.passes._machine_costs import MachineCosts
 
 INDEX_BYTES = 4
@@ -33,6 +34,7 @@ class Cut:
     outside: Tensor
     inner: Tensor
     outer: Tensor | None  # None: the operand's axis carries no channels, all of them are there
+    is_slice: bool = False  # what is selected or spread stands side by side (srfx.analysis.order)
 
     @property
     def is_trivial(self) -> bool:
@@ -67,7 +69,11 @@ def cut_at(facts: FactTable, node: fx.Node, axis: int) -> Cut:
     if axis not in fields:
         return Cut(node, axis, facts.kept[inner], torch.ones_like(facts.kept[inner]), inner, None)
     outer = rep[fields[axis].flatten()]
-    return Cut(node, axis, facts.kept[inner], facts.kept[outer], inner, outer)
+    inside, outside = facts.kept[inner], facts.kept[outer]
+    is_filled = bool((inside & ~outside).any())
+    places = facts.index(facts.fields(node), axis) if is_filled else facts.index(fields, axis)
+    is_slice = is_range((inside & outside)[places].nonzero().flatten())
+    return Cut(node, axis, inside, outside, inner, outer, is_slice)
 
 
 def savings(cuts: Sequence[Cut], costs: Tensor) -> list[float]:
@@ -83,9 +89,9 @@ def savings(cuts: Sequence[Cut], costs: Tensor) -> list[float]:
 # ---------------------------------------------------------------------- bytes
 def index_bytes(facts: FactTable, cut: Cut) -> float:
     """Bytes of the indices and numbers that the port becomes."""
-    size = INDEX_BYTES * cut.n_selected
+    size = 0 if cut.is_slice else INDEX_BYTES * cut.n_selected
     if cut.n_supplied:
-        size += INDEX_BYTES * int((cut.inside & cut.outside).sum())
+        size += 0 if cut.is_slice else INDEX_BYTES * int((cut.inside & cut.outside).sum())
         if bool(facts.constancy(cut.node).nonzero().any()):
             size += facts.program.hints[cut.node].element_size() * int(cut.inside.sum())
     operand = cut.node.args[0]
@@ -96,7 +102,11 @@ def index_bytes(facts: FactTable, cut: Cut) -> float:
 
 
 # ---------------------------------------------------------------------- seconds
-def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) -> Tensor:
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of values for the examples, by the name of the node; the analysis may see other sizes."""
+
+
+def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts, shapes: Shapes) -> Tensor:
     """Seconds that one more channel of each class would take, [labels] by representative."""
     found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
     present = set(executed(facts, sites))
@@ -105,23 +115,23 @@ def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts) ->
         if site.node not in present or not isinstance(hint, Tensor) or not isinstance(fields, dict):
             continue
         if isinstance(site.rule, Contraction) and site.rule.refused(site.call) is None:
-            _add_products(facts, site, found, machine)
+            _add_products(facts, site, found, machine, shapes)
         if not isinstance(site.rule, Movement):
             for axis, labels in fields.items():
-                n_bytes = hint.element_size() * _others(facts, site.node, axis)
+                n_bytes = hint.element_size() * _others(facts, site.node, axis, shapes)
                 add_to_classes(
                     facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel()
                 )
     return found
 
 
-def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineCosts) -> None:
+def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineCosts, shapes: Shapes) -> None:
     rule, call = site.rule, site.call
     assert isinstance(rule, Contraction)
     x, w, axis = rule.x(call), rule.w(call), rule.channel_axis(call)
     rows = facts.fields(site.node).get(axis)
     columns = facts.fields(x).get(axis)
-    n_positions = _others(facts, site.node, axis)
+    n_positions = _others(facts, site.node, axis, shapes)
     is_conv = len(call.shape(w)) > 2
     each = (machine.conv_mac_s if is_conv else machine.mac_s) * n_positions  # seconds for one weight
     each += machine.conv_weight_s if is_conv else machine.weight_s
@@ -134,24 +144,25 @@ def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineC
         add_to_classes(facts, found, columns, each * n_taps * n_rows)
 
 
-def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts) -> float:
+def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts, shapes: Shapes) -> float:
     """Seconds that the port takes as what it becomes."""
     if cut.is_trivial:
         return 0.0
     hint = facts.program.hints[cut.node]
     is_last = cut.axis == hint.dim() - 1
-    channel_bytes = hint.element_size() * _others(facts, cut.node, cut.axis)
+    copy_s = 2 * machine.byte_s if cut.is_slice and is_last else None
+    channel_bytes = hint.element_size() * _others(facts, cut.node, cut.axis, shapes)
     spent = 0.0
     if cut.n_selected or not cut.n_supplied:
-        rate = machine.select_last_s if is_last else machine.select_s
+        rate = copy_s or (machine.select_last_s if is_last else machine.select_s)
         spent += machine.call_s + rate * channel_bytes * int((cut.inside & cut.outside).sum())
     if cut.n_supplied:
-        rate = machine.spread_last_s if is_last else machine.spread_s
+        rate = copy_s or (machine.spread_last_s if is_last else machine.spread_s)
         spent += 2 * machine.call_s + rate * channel_bytes * int(cut.inside.sum())
     return spent
 
 
-def _others(facts: FactTable, node: fx.Node, axis: int) -> int:
+def _others(facts: FactTable, node: fx.Node, axis: int, shapes: Shapes) -> int:
     """Elements of a value for each channel of this axis."""
-    fields, shape = facts.fields(node), facts.program.shape(node)
+    fields, shape = facts.fields(node), shapes.get(node.name, facts.program.shape(node))
     return math.prod(facts.count(fields, a) if a in fields else n for a, n in enumerate(shape) if a != axis)

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from srfx.analysis import analyse
 from srfx.analysis.calls import Site
 from srfx.analysis.liveness import executed
+from srfx.analysis.order import channel_ranks
 from srfx.ir.attrs import drop_unused_attributes
 from srfx.ir.editor import GraphEdit, GraphEditor
 from srfx.ir.edits import CompactTensor, FreezeSize, RestoreOutput, SetTensor
@@ -61,6 +62,7 @@ class CompactChannels(Pass):
         if values is None:
             values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
         facts, sites = analyse(gm, values, self.multiple_of)
+        facts.ranks = channel_ranks(facts, sites)
         self.facts, self._editor = facts, GraphEditor(gm)
         with torch.no_grad():
             edits = plan_edits(facts, sites)

@@ -18,6 +18,7 @@ from torch import fx
 
 from srfx.analysis import analyse
 from srfx.analysis.calls import Site
+from srfx.analysis.order import channel_ranks
 from srfx.analysis.weights import class_bytes
 from srfx.ir.clone import clone_graph
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
@@ -28,6 +29,7 @@ from srfx.passes._machine_costs import MachineCosts
 from srfx.passes._port_costs import (
     MARGIN,
     Cut,
+    Shapes,
     class_seconds,
     cut_at,
     index_bytes,
@@ -55,6 +57,7 @@ class RaggedReadsWrites(Pass):
         multiple_of: as for compaction.
         values: values of all nodes of the graph as it is now, when they are known already.
         machine: open only ports that are predicted to save time on this machine; None: those that save bytes.
+        shapes: with ``machine``, the shapes to predict for, by the name of the node; None takes those of the hints.
 
     After a run ``predicted_s`` says how many seconds all ports together are predicted to save for the hints (only
     with ``machine``).
@@ -70,11 +73,13 @@ class RaggedReadsWrites(Pass):
         multiple_of: int = 1,
         values: dict[fx.Node, Any] | None = None,
         machine: MachineCosts | None = None,
+        shapes: Shapes | None = None,
     ) -> None:
         self.hints = hints
         self.multiple_of = multiple_of
         self.values = values
         self.machine = machine
+        self.shapes = shapes or {}
         self.predicted_s = 0.0
 
     def plan(self, gm: fx.GraphModule) -> Plan:
@@ -103,12 +108,15 @@ class RaggedReadsWrites(Pass):
         by_name = {n.name: v for n, v in values.items()}
         hints = {n: by_name[opened[n].operand if n in opened else n.name] for n in trial.graph.nodes}
         facts, sites = analyse(trial, hints, self.multiple_of)
+        facts.ranks = channel_ranks(facts, sites)
         cuts = [cut_at(facts, node, e.axis) for node, e in opened.items()]
         if self.machine is None:
             saved, spent = savings(cuts, class_bytes(facts)), [index_bytes(facts, c) for c in cuts]
         else:
-            saved = savings(cuts, class_seconds(facts, sites, self.machine))
-            spent = [port_seconds(facts, c, self.machine) for c in cuts]
+            shapes = dict(self.shapes)
+            shapes |= {n.name: shapes[e.operand] for n, e in opened.items() if e.operand in shapes}
+            saved = savings(cuts, class_seconds(facts, sites, self.machine, shapes))
+            spent = [port_seconds(facts, c, self.machine, shapes) for c in cuts]
             self.predicted_s = sum(saved) - sum(spent)
             spent = [MARGIN * s for s in spent]
         return {e: (c, s - t) for e, c, s, t in zip(edits, cuts, saved, spent, strict=True)}

@@ -38,6 +38,11 @@ class ContractionFacts(OpRule):
     )
 
     # -------------------------------------------------------------- what a subclass says
+    def is_even(self, call: Call) -> bool:
+        """Groups are runs of channels, unless each is one."""
+        shape, groups = call.shape(self.w(call)), self.groups(call)
+        return self.refused(call) is None and (groups == 1 or (shape[1] == 1 and shape[0] == groups))
+
     def groups(self, call: Call) -> int:
         return 1
 

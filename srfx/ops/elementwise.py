@@ -27,6 +27,9 @@ class Elementwise(OpRule):
 
     signature: tuple[str, ...] = ("input", "other")
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def operands(self, call: Call) -> list[Value]:
         return [
             v

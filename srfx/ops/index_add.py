@@ -19,6 +19,7 @@ from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import _flatten_ties
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule, PortSite
+from srfx.ops.sizes import is_range
 
 
 @op_rule(torch.index_add, "index_add", torch.ops.aten.index_add.default, add_at)
@@ -30,12 +31,18 @@ class IndexAdd(OpRule):
 
     signature: tuple[str, ...] = ("input", "dim", "index", "source", "alpha")
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def is_unrecognised(self, call: Call) -> bool:
         index = call.value("index")
-        if not isinstance(index, Param) or call.get("alpha", 1) != 1:
+        is_first = call.node.target is add_at and isinstance(call["index"], int)
+        if not (isinstance(index, Param) or is_first) or call.get("alpha", 1) != 1:
             return True
         whole = all(isinstance(call.value(name), (Param, fx.Node)) for name in ("input", "source"))
-        return not whole or index.tensor.unique().numel() != index.tensor.numel()
+        return not whole or (
+            isinstance(index, Param) and index.tensor.unique().numel() != index.tensor.numel()
+        )
 
     def operands(self, call: Call) -> tuple[Value, Value]:
         """The wide and the narrow summand."""
@@ -49,7 +56,9 @@ class IndexAdd(OpRule):
         return dim % len(call.out_shape)
 
     def index(self, call: Call) -> Tensor:
-        value = call.value("index")
+        value, first = call.value("index"), call["index"]
+        if isinstance(first, int):
+            return torch.arange(first, first + call.shape(self.operands(call)[1])[self.axis(call)])
         assert isinstance(value, Param)
         return value.tensor.detach().cpu().long()
 
@@ -62,8 +71,8 @@ class IndexAdd(OpRule):
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         (x, y), axis, site = self.operands(call), self.axis(call), call.node.name
         index = call.value("index")
-        assert index is not None
-        labels.pin(index, site, Reason.CONSTANT_TABLE)
+        if index is not None:
+            labels.pin(index, site, Reason.CONSTANT_TABLE)
         wide, narrow = labels.of(x).get(axis), labels.of(y).get(axis)
         if any(f is not None and f.numel() != f.shape[axis] for f in (wide, narrow)):
             return super().label(call, labels)
@@ -128,9 +137,10 @@ class IndexAdd(OpRule):
         new = place[index[brought]]
         if torch.equal(new, index):
             return []
-        stored = call.value("index")
-        assert isinstance(stored, Param)
-        path = f"{call.node.name}_index"
         dim = axis - len(call.out_shape)
-        args = (Ref(call["input"].name), dim, Stored(path, new.to(stored.tensor)), Ref(call["source"].name))
+        where: int | Stored = int(new[0])
+        if not is_range(new):
+            place_of = new.to(torch.int32).to(call.output.device)
+            where = Stored(f"{call.node.name}_index", place_of)
+        args = (Ref(call["input"].name), dim, where, Ref(call["source"].name))
         return [Recall(call.node.name, add_at, args, {})]

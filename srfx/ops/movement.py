@@ -26,6 +26,9 @@ aten = torch.ops.aten
 class Movement(OpRule):
     """y[p] = x[s(p)] for a fixed map s of positions, given as steps."""
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def is_followed(self, call: Call) -> bool:
         """Whether this very call is such a map; its steps are asked for only then."""
         return True

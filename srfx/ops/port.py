@@ -24,7 +24,7 @@ from srfx.ir.plan import Reason
 from srfx.ir.program import Param
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Step, Take
-from srfx.nn.selection import spread
+from srfx.nn.selection import select, spread
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import Movement
 from srfx.ops.registry import op_rule, resolve
@@ -141,11 +141,11 @@ class Rewired(Movement):
         if at.numel() == found.numel():
             if chosen.numel() == n_held and is_range(chosen):
                 return Bypass(name, operand)
-            return Rewire(name, operand, dim, _stored(chosen, call))
+            return Rewire(name, operand, dim, len(call.out_shape), _stored(chosen, call))
         chosen, order = chosen.sort()
         selected = None if chosen.numel() == n_held else _stored(chosen, call)
         template = numbers.to(call.output.dtype).to(call.output.device)
-        return Rewire(name, operand, dim, selected, _stored(at[order], call), template)
+        return Rewire(name, operand, dim, len(call.out_shape), selected, _stored(at[order], call), template)
 
 
 def _stored(index: Tensor, call: Call) -> Tensor:
@@ -158,6 +158,7 @@ class Rewire(GraphEdit):
 
     operand: str
     dim: int
+    n_axes: int
     selected: Tensor | None = None
     index: Tensor | None = None
     template: Tensor | None = None
@@ -169,12 +170,14 @@ class Rewire(GraphEdit):
             result = self._select(editor, node, result, self.selected)
         if self.index is not None and self.template is not None:
             stored: dict[str, fx.Node] = {}
+            is_run = is_range(self.index) and self.index.numel() > 0
             for role in ("index", "template"):
                 tensor = getattr(self, role)
-                if role == "index" or bool((tensor != 0).any()):
+                if not is_run if role == "index" else bool((tensor != 0).any()):
                     set_attr(editor.gm, f"{self.node}_{role}", tensor)
                     stored[role] = editor.attribute_node(f"{self.node}_{role}", node)
-            index, n_channels = stored.pop("index"), self.template.numel()
+            first = stored.pop("index", None)
+            index, n_channels = int(self.index[0]) if first is None else first, self.template.numel()
             args: tuple[Any, ...] = (result, self.dim, index, n_channels, *stored.values())
             with graph.inserting_before(node):
                 result = graph.call_function(spread, args)
@@ -193,7 +196,8 @@ class Rewire(GraphEdit):
         set_attr(editor.gm, f"{self.node}_selected", selected)
         index = editor.attribute_node(f"{self.node}_selected", node)
         with graph.inserting_before(node):
-            editor.selections[key] = graph.call_function(torch.index_select, (x, self.dim, index))
+            target = select if self.dim == -1 and self.n_axes > 2 else torch.index_select
+            editor.selections[key] = graph.call_function(target, (x, self.dim, index))
         return editor.selections[key]
 
 
@@ -252,13 +256,13 @@ class Spread(Rewired):
     signature: tuple[str, ...] = ("input", "dim", "index", "n_channels", "template")
 
     def is_unrecognised(self, call: Call) -> bool:
-        is_stored = isinstance(call.value("index"), Param)
+        is_stored = isinstance(call.value("index"), Param) or isinstance(call["index"], int)
         return not is_stored or not (
             call.get("template") is None or isinstance(call.value("template"), Param)
         )
 
     def sources(self, call: Call) -> Tensor:
-        index, n = self._tensor(call, "index").long(), call.out_shape[self.axis(call)]
+        index, n = self._index(call), call.out_shape[self.axis(call)]
         return torch.full((n,), -1).index_copy(0, index, torch.arange(index.numel()))
 
     def numbers(self, call: Call) -> Tensor:
@@ -266,10 +270,16 @@ class Spread(Rewired):
             return torch.zeros(call.out_shape[self.axis(call)], dtype=torch.float64)
         return self._tensor(call, "template").double()
 
+    def _index(self, call: Call) -> Tensor:
+        first = call["index"]
+        if isinstance(first, int):
+            return torch.arange(first, first + call.shape(self.source(call))[self.axis(call)])
+        return self._tensor(call, "index").long()
+
     def _tensor(self, call: Call, name: str) -> Tensor:
         value = call.value(name)
         assert isinstance(value, Param)
         return value.tensor.detach().cpu()
 
     def is_unchanged(self, call: Call, found: Tensor, n_held: int, s: Tensor) -> bool:
-        return torch.equal(found, self.sources(call)) and n_held == self._tensor(call, "index").numel()
+        return torch.equal(found, self.sources(call)) and n_held == self._index(call).numel()

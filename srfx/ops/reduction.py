@@ -35,6 +35,9 @@ class Reduction(OpRule):
     absorbs = False
     keeps_constants = False  # reduce(k, .., k) = k
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def source(self, call: Call) -> Value:
         value = call.value("input")
         assert value is not None

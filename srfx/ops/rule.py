@@ -94,6 +94,13 @@ class OpRule:
         """Operands of which this call may read channels of its own choice, whatever others keep."""
         return []
 
+    def is_even(self, call: Call) -> bool:
+        """Whether a permutation of positions, of operands and parameters alike, permutes the result, and nothing else.
+
+        An op that moves positions counts too where the labels of its result show it (theory: Lemma G8).
+        """
+        return False
+
     def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
         """Labels that have to be kept beside the live ones, given the kept set so far (None: no more)."""
         return None

@@ -13,6 +13,7 @@ from srfx.ir.plan import Reason
 from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Regroup, Step, Take
+from srfx.nn.selection import select
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.movement import AlongAxis, _axis, _flatten_ties
 from srfx.ops.registry import op_rule
@@ -21,7 +22,7 @@ from srfx.ops.sizes import is_range, positions, set_argument
 aten = torch.ops.aten
 
 
-@op_rule(torch.index_select, "index_select", aten.index_select.default)
+@op_rule(torch.index_select, "index_select", aten.index_select.default, select)
 class IndexSelect(AlongAxis):
     """index_select with a constant index; a computed index keeps every channel of the axis."""
 

@@ -33,6 +33,9 @@ class PerChannel(OpRule):
     n_spatial = 0
     shrinks_axes = True
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def source(self, call: Call) -> Value:
         value = call.value("input")
         assert value is not None

@@ -29,6 +29,9 @@ class Splitting(OpRule):
 
     signature: tuple[str, ...] = ("input", "sizes", "dim")
 
+    def is_even(self, call: Call) -> bool:
+        return True
+
     def runs(self, call: Call) -> list[Tensor]:
         axis = self.axis(call)
         found, start = [], 0
