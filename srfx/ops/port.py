@@ -187,11 +187,13 @@ class Rewire(GraphEdit):
     def _select(self, editor: GraphEditor, node: fx.Node, x: fx.Node, selected: Tensor) -> fx.Node:
         """A slice, the selection that another reader of x has made already, or a new one."""
         graph = editor.gm.graph
-        if is_range(selected):
-            with graph.inserting_before(node):
-                return graph.call_function(torch.narrow, (x, self.dim, int(selected[0]), selected.numel()))
         key = (x, self.dim, tuple(selected.tolist()))
         if key in editor.selections:
+            return editor.selections[key]
+        if is_range(selected):
+            args = (x, self.dim, int(selected[0]), selected.numel())
+            with graph.inserting_before(node):
+                editor.selections[key] = graph.call_function(torch.narrow, args)
             return editor.selections[key]
         set_attr(editor.gm, f"{self.node}_selected", selected)
         index = editor.attribute_node(f"{self.node}_selected", node)

@@ -222,13 +222,22 @@ def test_heads_with_blocks_are_refused() -> None:
 
 
 def test_an_index_that_takes_more_than_it_saves_is_refused() -> None:
-    model = randomized(TwoReaders())
-    model.b = nn.Linear(16, 1)
-    kill(randomized(model).b, columns=(3,))
-    found = check(
-        model, (torch.randn(3, 5),), kept={"b.weight": (1, 16)}, reasons=[Reason.GROWS], ragged=True
-    )
-    assert "b" in {r.node for r in found["symbolic"].refusals if r.reason is Reason.GROWS}
+    """Where the order of the channels is the user's; else a slice does without an index."""
+
+    class Shown(TwoReaders):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+            y = self.front(x).relu()
+            return self.a(y), self.b(y), y
+
+    for make, n_read in ((Shown, 16), (TwoReaders, 15)):
+        model = randomized(make())
+        model.b = nn.Linear(16, 1)
+        kill(randomized(model).b, columns=(3,))
+        reasons = [Reason.GROWS] if make is Shown else []
+        kept = {"b.weight": (1, n_read)}
+        found = check(model, (torch.randn(3, 5),), kept=kept, reasons=reasons, ragged=True)
+        refused = {r.node for r in found["symbolic"].refusals if r.reason is Reason.GROWS}
+        assert ("b" in refused) == (make is Shown)
 
 
 def test_the_plan_is_data_and_settles() -> None:
@@ -254,7 +263,7 @@ def test_more_zeros_after_training() -> None:
     assert shapes(again)["a.weight"] == (16, 7)
     assert shapes(again)["b.weight"] == (16, 10)
     assert_equivalent(small, again, (x,))
-    assert shapes(minimize(small, x))["a.weight"] == (16, 7)
+    assert shapes(minimize(small, x))["a.weight"] == (16, 9)  # a slice keeps what another reader needs
 
 
 def test_the_result_trains_pickles_and_exports() -> None:
