@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from srfx.ir.attrs import drop_unused_attributes, get_attr, set_attr
+from srfx.ir.attrs import get_attr, set_attr
 from srfx.ir.call import Call, write_argument
+from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
 from srfx.ir.shapes import hint_inputs, propagate
@@ -106,8 +107,7 @@ class DecomposeRecurrentPass(Pass):
 
     def finish(self, gm: fx.GraphModule) -> None:
         """Leave plain containers where the modules were."""
-        gm.graph.eliminate_dead_code()
-        drop_unused_attributes(gm)
+        remove_dead_nodes(gm)
         for path in dict.fromkeys(self._dissolved):
             husk = get_attr(gm, path)
             plain = nn.Module().train(husk.training)
