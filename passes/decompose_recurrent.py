@@ -108,8 +108,10 @@ class DecomposeRecurrentPass(Pass):
     def finish(self, gm: fx.GraphModule) -> None:
         """Leave plain containers where the modules were."""
         remove_dead_nodes(gm)
+        left = dict(gm.named_modules(remove_duplicate=False))
         for path in dict.fromkeys(self._dissolved):
-            husk = get_attr(gm, path)
+            if (husk := left.get(path)) is None:  # nobody read its results
+                continue
             plain = nn.Module().train(husk.training)
             plain._modules = husk._modules
             set_attr(gm, path, plain)
@@ -183,7 +185,7 @@ class _Writer:
         self.meta = {
             k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta", "example_value")
         }
-        rank = len(call.shape(_present(call.value("input"))))
+        rank = call.output[0].dim()  # the input may be a new node, of which no shape is known
         self.time_axis = 1 if rank == 3 and call.get("batch_first", False) else 0
         self.states = [self._pieces(raw) for raw in self._given()]
 
@@ -281,11 +283,6 @@ class _Writer:
 
     def _drop_shapes(self, node: fx.Node) -> None:
         node.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "example_value")}
-
-
-def _present(value: Any) -> Any:
-    assert value is not None
-    return value
 
 
 def _layer(old: nn.RNNBase, name: str) -> nn.RNNBase:

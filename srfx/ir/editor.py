@@ -87,8 +87,7 @@ class GraphEditor:
             if isinstance(expr, SizeOf):
                 return graph.call_function(torch.ops.aten.sym_size.int, (self.nodes[expr.node], expr.axis))
             if isinstance(expr, Stored):
-                set_attr(self.gm, expr.path, expr.tensor)
-                return graph.get_attr(expr.path)
+                return self.store(expr.path, expr.tensor, before)
             if isinstance(expr, Scaled):
                 size = self.build(expr.size, before)
                 product = graph.call_function(operator.mul, (size, expr.numerator))
@@ -112,6 +111,15 @@ class GraphEditor:
                 set_attr(self.gm, node.target, module)
                 self._calls[module] = 1
         return module
+
+    def store(self, wanted: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+        """Keep a tensor in a buffer at ``wanted``, or at a path like it that is free, and read it there.
+
+        An edit of an earlier round, or of another operand, may have taken the path.
+        """
+        path = free_path(self.gm, wanted)
+        set_attr(self.gm, path, tensor)
+        return self.attribute_node(path, before)
 
     def attribute_node(self, path: str, before: fx.Node) -> fx.Node:
         """A get_attr node of ``path`` that stands before ``before``."""

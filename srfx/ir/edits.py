@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.attrs import free_path, get_attr, set_attr
+from srfx.ir.attrs import get_attr, set_attr
 from srfx.ir.call import write_argument
 from srfx.ir.editor import Expr, GraphEdit, GraphEditor, put_tensor, take
 
@@ -85,8 +85,7 @@ class ReplaceOperand(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
-        set_attr(editor.gm, self.path, self.tensor)
-        node.replace_input_with(editor.nodes[self.operand], editor.attribute_node(self.path, node))
+        node.replace_input_with(editor.nodes[self.operand], editor.store(self.path, self.tensor, node))
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,7 @@ class PickFromTable(GraphEdit):
                 entry: Any = (None,) * self.n_missing + (Ellipsis,)
                 picked = graph.call_function(operator.getitem, (picked, entry))
         for axis, index in self.selections:
-            set_attr(editor.gm, f"{self.path}_{axis}", index)
-            stored = editor.attribute_node(f"{self.path}_{axis}", node)
+            stored = editor.store(f"{self.path}_{axis}", index, node)
             function = torch.index_select if index.dim() == 1 else torch.take_along_dim
             args = (
                 (picked, axis - self.rank, stored) if index.dim() == 1 else (picked, stored, axis - self.rank)
@@ -143,9 +141,7 @@ class StoreResult(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
-        path = free_path(editor.gm, self.path)
-        set_attr(editor.gm, path, self.tensor)
-        stored = editor.attribute_node(path, node)
+        stored = editor.store(self.path, self.tensor, node)
         node.replace_all_uses_with(stored)
         editor.nodes[self.node] = stored
 
@@ -166,9 +162,7 @@ class AffineAfter(GraphEdit):
             with graph.inserting_after(result):
                 result = graph.call_function(operator.mul, (result, self.scale))
         if self.path is not None and self.tensor is not None:
-            set_attr(editor.gm, self.path, self.tensor)
-            with graph.inserting_after(result):
-                shift = graph.get_attr(self.path)
+            shift = editor.store(self.path, self.tensor, result.next)
             with graph.inserting_after(shift):
                 result = graph.call_function(operator.add, (result, shift))
         for user in users:
@@ -230,8 +224,7 @@ class IndexInstead(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         node, graph = editor.nodes[self.node], editor.gm.graph
-        set_attr(editor.gm, self.path, self.index)
-        index = editor.attribute_node(self.path, node)
+        index = editor.store(self.path, self.index, node)
         with graph.inserting_before(node):
             new = graph.call_function(torch.index_select, (editor.nodes[self.operand], self.axis, index))
         node.replace_all_uses_with(new)
@@ -250,8 +243,7 @@ class ReorderOperand(GraphEdit):
     def apply(self, editor: GraphEditor) -> None:
         node, graph = editor.nodes[self.node], editor.gm.graph
         operand = editor.nodes[self.operand]
-        set_attr(editor.gm, self.path, self.index)
-        index = editor.attribute_node(self.path, node)
+        index = editor.store(self.path, self.index, node)
         with graph.inserting_before(node):
             new = graph.call_function(torch.index_select, (operand, self.axis, index))
         node.replace_input_with(operand, new)
@@ -275,9 +267,7 @@ class SelectOperands(GraphEdit):
         for i, selection in enumerate(self.selections):
             if selection is None:
                 continue
-            path = f"{self.node}_{self.name}_{i}"
-            set_attr(editor.gm, path, selection[1])
-            index = editor.attribute_node(path, node)
+            index = editor.store(f"{self.node}_{self.name}_{i}", selection[1], node)
             with graph.inserting_before(node):
                 parts[i] = graph.call_function(torch.index_select, (parts[i], selection[0], index))
         value = parts[0] if is_one else tuple(parts) if isinstance(raw, tuple) else parts
@@ -300,11 +290,10 @@ class RestoreOutput(GraphEdit):
 
     def apply(self, editor: GraphEditor) -> None:
         graph, output, result = editor.gm.graph, editor.nodes[self.node], editor.nodes[self.result]
-        paths = {}
-        for role in ("index", "mask", "template"):
-            paths[role] = f"{self.result}_output_{role}"
-            set_attr(editor.gm, paths[role], getattr(self, role))
-        index, mask, template = (editor.attribute_node(p, output) for p in paths.values())
+        index, mask, template = (
+            editor.store(f"{self.result}_output_{role}", getattr(self, role), output)
+            for role in ("index", "mask", "template")
+        )
         with graph.inserting_before(output):
             gathered = graph.call_function(torch.index_select, (result, self.axis, index))
             restored = graph.call_function(torch.where, (mask, gathered, template))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from srfx.ir.attrs import set_attr
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit, GraphEditor
 from srfx.ir.edits import Bypass
@@ -174,8 +173,7 @@ class Rewire(GraphEdit):
             for role in ("index", "template"):
                 tensor = getattr(self, role)
                 if not is_run if role == "index" else bool((tensor != 0).any()):
-                    set_attr(editor.gm, f"{self.node}_{role}", tensor)
-                    stored[role] = editor.attribute_node(f"{self.node}_{role}", node)
+                    stored[role] = editor.store(f"{self.node}_{role}", tensor, node)
             first = stored.pop("index", None)
             index, n_channels = int(self.index[0]) if first is None else first, self.template.numel()
             args: tuple[Any, ...] = (result, self.dim, index, n_channels, *stored.values())
@@ -195,8 +193,7 @@ class Rewire(GraphEdit):
             with graph.inserting_before(node):
                 editor.selections[key] = graph.call_function(torch.narrow, args)
             return editor.selections[key]
-        set_attr(editor.gm, f"{self.node}_selected", selected)
-        index = editor.attribute_node(f"{self.node}_selected", node)
+        index = editor.store(f"{self.node}_selected", selected, node)
         with graph.inserting_before(node):
             target = select if self.dim == -1 and self.n_axes > 2 else torch.index_select
             editor.selections[key] = graph.call_function(target, (x, self.dim, index))
