@@ -152,38 +152,27 @@ def _try(gm: fx.GraphModule, known: Survey, sizes: dict[Axis, int]) -> Survey | 
 
 
 def _views_alike(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
-    """Whether every view keeps apart at the other sizes what it keeps apart at the known ones.
+    """Whether no view that keeps some axes apart at the known sizes mixes all of them at the other ones.
 
     A view with literal sizes may take a larger picture for more pictures: ``reshape(-1, C, 16)`` of [N, C, 8, 8] runs,
     and mixes channels into the batch.  Such a size is no size of the model.
     """
     modules = dict(gm.named_modules(remove_duplicate=False))
     for node in gm.graph.nodes:
-        if not node.op.startswith("call") or not isinstance(rule_of(node, modules), View):
-            continue
         operand = next(iter(node.all_input_nodes), None)
-        if operand is None:
+        if operand is None or not isinstance(rule_of(node, modules), View):
             continue
         shapes = [
             tuple(getattr(run.values.get(n), "shape", ())) for run in (known, other) for n in (operand, node)
         ]
-        found = _cuts(shapes[2], shapes[3])
-        if any(not places & found for places in _by_product(_cuts(shapes[0], shapes[1]), shapes[0])):
+        before = _cuts(shapes[0], shapes[1])
+        if before and not before & _cuts(shapes[2], shapes[3]):
             return False
     return True
 
 
 def _cuts(before: Sequence[int], after: Sequence[int]) -> set[tuple[int, int]]:
     """Places (i, j) such that the first i axes become the first j ones; at neither end."""
-    total = math.prod(before)
-    left = [math.prod(before[:i]) for i in range(len(before) + 1)]
-    right = [math.prod(after[:j]) for j in range(len(after) + 1)]
-    return {(i, j) for i, a in enumerate(left) for j, b in enumerate(right) if a == b and 1 < a < total}
-
-
-def _by_product(cuts: set[tuple[int, int]], before: Sequence[int]) -> list[set[tuple[int, int]]]:
-    """Places that differ only by axes of size 1 are one place."""
-    found: dict[int, set[tuple[int, int]]] = {}
-    for i, j in sorted(cuts):
-        found.setdefault(math.prod(before[:i]), set()).add((i, j))
-    return list(found.values())
+    left = [math.prod(before[:i]) for i in range(1, len(before))]
+    right = [math.prod(after[:j]) for j in range(1, len(after))]
+    return {(i, j) for i, a in enumerate(left, 1) for j, b in enumerate(right, 1) if a == b}

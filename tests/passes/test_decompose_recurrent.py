@@ -203,3 +203,34 @@ def test_packed_sequences_are_a_barrier() -> None:
     assert relative_error(model(*given), small(*given)) < 1e-9
     assert shapes(small)["front.weight"] == (C, 8)
     assert shapes(small)["layer.weight_hh_l0"] == (4 * H, H)
+
+
+class _Twice(nn.Module):
+    """A stacked layer whose results another one reads, or a sum, or nobody."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+        self.first = nn.LSTM(C, H, num_layers=2, bidirectional=True)
+        self.second = nn.GRU(2 * H, H, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)[0]
+        if self.reader == "layer":
+            return self.second(y)[0]
+        if self.reader == "nobody":
+            return x + 1
+        z = y + 0.25
+        z.relu_()
+        return z
+
+
+@pytest.mark.parametrize(("reader", "n_calls"), [("layer", 6), ("nobody", 0), ("write in place", 4)])
+def test_who_reads_a_stacked_layer(reader: str, n_calls: int) -> None:
+    """Found by fuzzing: seeds 91, 131 and 2038."""
+    model = randomized(_Twice(reader)).double().eval()
+    given = torch.randn(T, N, C, dtype=torch.float64)
+    small = srfx.minimize(fx.symbolic_trace(model), given)
+    assert relative_error(model(given), small(given)) < 1e-9
+    calls = [n for n in small.graph.nodes if n.op == "call_module"]
+    assert sum(isinstance(small.get_submodule(str(n.target)), nn.RNNBase) for n in calls) == n_calls

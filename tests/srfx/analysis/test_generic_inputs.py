@@ -174,3 +174,28 @@ def test_flops_are_those_of_the_example() -> None:
     two = srfx.report(srfx.minimize(fx.symbolic_trace(model), (numbers(2, 5),)))
     assert two.before.flops == 2 * one.before.flops
     assert two.after.flops == 2 * one.after.flops
+
+
+class Patches(nn.Module):
+    """A picture of a fixed size becomes tokens; a larger picture would become more pictures, with channels mixed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.other = nn.Conv2d(3, 4, 1), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.front(x).reshape(-1, 4, 16).permute(0, 2, 1)
+        return self.other(tokens.cumsum(2)) + tokens
+
+
+def test_a_size_at_which_a_view_means_something_else_is_no_size_of_the_model() -> None:
+    """Found by fuzzing: the constants of a sum were stored for pictures of nine times the size."""
+    model = Patches().double().eval()
+    with torch.no_grad():
+        model.front.weight[1] = 0
+        model.other.weight.zero_()
+    given = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    gm = fx.symbolic_trace(model)
+    known = survey(gm, [given])
+    assert [tuple(t.shape)[1:] for t in generic_survey(gm, known).inputs] == [(3, 4, 4)]
+    agree(model, given, torch.randn(5, 3, 4, 4, dtype=torch.float64))
