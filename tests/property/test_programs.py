@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from torch import nn
 
 import srfx
@@ -31,9 +31,11 @@ from srfx.testing.strategies import programs
 from srfx.testing.variants import hooked, interrupted, renamed, reordered
 from tests.snapshots import assert_unchanged, snapshot
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
-FEW, SOME = settings(max_examples=1), settings(max_examples=3)
+# A failing example is reported as it was drawn: to make it smaller takes minutes, more than a test may.  With
+# HYPOTHESIS_PROFILE=deep it is made smaller, as `make fuzz ARGS="--shrink 200"` does.
+IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+PHASES = tuple(p for p in Phase if IS_DEEP or p not in (Phase.shrink, Phase.explain))
+FEW, SOME = settings(max_examples=1, phases=PHASES), settings(max_examples=3, phases=PHASES)
 
 
 def case_of(program: Program, route: str = "symbolic") -> Case:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from hypothesis import given, settings
 from torch import fx
@@ -22,9 +21,6 @@ from tests.property.test_random_networks import Network, mask_of
 from tests.snapshots import assert_unchanged, snapshot
 
 SEEN: Counter[str] = Counter()
-
-
-pytestmark = pytest.mark.slow  # minutes on two cores
 
 
 @settings(max_examples=60)
