@@ -12,8 +12,9 @@ from srfx.ir.editor import GraphEdit, same_numbers
 from srfx.ir.edits import SetArgument, SetTensor
 from srfx.ir.program import Param
 from srfx.lattice.constancy import EMITS
-from srfx.ops.contraction_facts import ContractionFacts, columns_read, flat_positions
+from srfx.ops.contraction_facts import ContractionFacts
 from srfx.ops.facts import FactTable
+from srfx.ops.matrix_form import columns_read, flat_positions
 
 
 class Contraction(ContractionFacts):

@@ -23,6 +23,7 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
+from srfx.ops.matrix_form import columns_read, flat_positions, rows_reading, split_axis
 from srfx.ops.rule import OpRule, PortSite
 
 AT_ONCE = 1 << 21
@@ -305,7 +306,8 @@ class ContractionFacts(OpRule):
         read = columns_read(self._rows_by_group(call, live), reads)
         if not self.is_private(call, facts):
             kept = self._by_group(call, facts.kept_channels(x))
-            return read & (varies | (value != 0) | kept) & ~self.agreed(call, facts)
+            wanted = read & (varies | (value != 0) | kept) & ~self.agreed(call, facts)
+            return wanted | self._left_in_place(call, read & ~varies & (value != 0), facts)
         gone = self._combinable(call, facts, c)
         wanted = read & varies
         if gone is not None and c.affine is not None:
@@ -314,9 +316,18 @@ class ContractionFacts(OpRule):
             if bool(absorbed.any()):
                 wanted[..., list(facts.emitted.get(c.affine.norm, {}).values())] = True
         border = read & ~varies & (value != 0)
+        if gone is None or not bool((read & gone).any()):
+            wanted = wanted | self._left_in_place(call, border, facts)
         if self.has_border(call) and bool(border.any()):
             wanted = wanted | (border if self.groups(call) > 1 else self._carrier(call, facts, border))
         return wanted
+
+    def _left_in_place(self, call: Call, constants: Tensor, facts: FactTable) -> Tensor:
+        """Constants [outer.., G, C] that stay in any case, and for which alone no bias is made (theory: Lemma L2)."""
+        if call.value("bias") is not None or not bool(constants.any()):
+            return torch.zeros_like(constants)
+        kept = self._by_group(call, facts.kept_channels(self.x(call)))
+        return torch.zeros_like(constants) if bool((constants & ~kept).any()) else constants
 
     def _combinable(self, call: Call, facts: FactTable, c: Constancy) -> Tensor | None:
         """Channels of a norm's output that this call takes as combinations of its statistics, [.., 1, C].
@@ -396,27 +407,3 @@ def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
     if positions:
         marked[..., list(positions.values())] = True
     return marked
-
-
-def flat_positions(t: Tensor) -> Tensor:
-    """[outer.., G, C] as [positions, G, C]; a vector has one position."""
-    return t.reshape(-1, *t.shape[-2:])
-
-
-def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
-    """The view of one axis as [groups, rest]."""
-    found: Tensor = t.unflatten(axis, (groups, -1))
-    return found
-
-
-def rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
-    """Rows that read some flagged column: [outer.., G, C] bool and [G, R, C] uint8 give [outer.., G, R] bool.
-
-    uint8 AND and amax are vectorised on CPU; bool `any` and a float product are some forty times slower.
-    """
-    return (reads & flags.to(torch.uint8).unsqueeze(-2)).amax(-1) > 0
-
-
-def columns_read(flags: Tensor, reads: Tensor) -> Tensor:
-    """Columns that some flagged row reads: [outer.., G, R] bool and [G, R, C] uint8 give [outer.., G, C] bool."""
-    return (reads & flags.to(torch.uint8).unsqueeze(-1)).amax(-2) > 0

@@ -16,8 +16,8 @@ from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.contraction import Contraction
-from srfx.ops.contraction_facts import split_axis
 from srfx.ops.facts import FactTable, Labeller
+from srfx.ops.matrix_form import split_axis
 from srfx.ops.registry import op_rule, resolve
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import set_argument

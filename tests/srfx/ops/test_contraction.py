@@ -295,3 +295,29 @@ def test_transposed_convolutions_decomposed(groups: int) -> None:
     assert relative_error(model(X.double()), small(X.double())) < 1e-12
     assert tuple(small.get_parameter("0.weight").shape) == (3, 6, 2, 2)
     assert tuple(small.get_parameter("2.weight").shape) == (6, 6 // groups, 2, 2)
+
+
+def test_constants_that_stay_make_no_bias() -> None:
+    """Found by fuzzing (seed 20171): a layer without a bias got one for constants whose channels did not leave."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = (
+                nn.LayerNorm(4),
+                nn.Linear(4, 8, bias=False),
+                nn.Linear(8, 4, bias=False),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.down(F.relu(self.up(self.norm(x))))
+            return out
+
+    model = randomized(Residual()).double().eval()
+    with torch.no_grad():
+        model.norm.weight[[0, 2]] = 0
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    small = minimize(model, x)
+    assert relative_error(model(x), small(x)) < 1e-9
+    assert small.get_submodule("up").bias is None
+    assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters())

@@ -1,0 +1,30 @@
+"""Flags of a contraction's channels, by rows and columns of its weight in the form M [G, R, C, taps]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flat_positions(t: Tensor) -> Tensor:
+    """[outer.., G, C] as [positions, G, C]; a vector has one position."""
+    return t.reshape(-1, *t.shape[-2:])
+
+
+def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
+    """The view of one axis as [groups, rest]."""
+    found: Tensor = t.unflatten(axis, (groups, -1))
+    return found
+
+
+def rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
+    """Rows that read some flagged column: [outer.., G, C] bool and [G, R, C] uint8 give [outer.., G, R] bool.
+
+    uint8 AND and amax are vectorised on CPU; bool `any` and a float product are some forty times slower.
+    """
+    return (reads & flags.to(torch.uint8).unsqueeze(-2)).amax(-1) > 0
+
+
+def columns_read(flags: Tensor, reads: Tensor) -> Tensor:
+    """Columns that some flagged row reads: [outer.., G, R] bool and [G, R, C] uint8 give [outer.., G, C] bool."""
+    return (reads & flags.to(torch.uint8).unsqueeze(-1)).amax(-2) > 0
