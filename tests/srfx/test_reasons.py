@@ -14,6 +14,7 @@ import srfx
 from srfx import errors
 from srfx.ir.plan import Reason
 from srfx.passes.compact_channels import CompactChannels
+from srfx.testing import probe
 from tests.helpers import kill, randomized
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +27,7 @@ ERRORS = [
 ]
 
 
-# `explain` names what a border holds by where it leads, an output: no model has been found that is told BORDER.
-NOT_PROVOKED = {Reason.BORDER}
-
-
-@pytest.mark.parametrize("reason", [r for r in Reason if r not in NOT_PROVOKED], ids=lambda r: r.name)
+@pytest.mark.parametrize("reason", Reason, ids=lambda r: r.name)
 def test_every_reason_is_given_by_the_code_and_by_a_test(reason: Reason) -> None:
     assert re.search(rf"\bReason\.{reason.name}\b", CODE), f"nothing refuses with {reason.name}"
     assert re.search(rf"\bReason\.{reason.name}\b|\"{reason.name}\"", TESTS), (
@@ -98,3 +95,26 @@ def test_a_table_stays_whole_and_its_readers_pick_from_it() -> None:
     assert Reason.CONSTANT_TABLE.name in _pins(model, torch.randn(4, 5))
     small = srfx.minimize(model, (torch.randn(4, 5),))
     assert small.get_parameter("front.weight").shape == (4, 5)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_constant_that_meets_the_border_of_a_grouped_convolution_stays(groups: int) -> None:
+    """Each group would need a carrier of its own; the groups keep equally many channels, so one carrier saves none."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Sigmoid(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=groups),
+        nn.ReLU(),
+        nn.Conv2d(8, 2, 1),
+    ).eval()
+    randomized(model)
+    dead = list(range(0, 8, 8 // groups))  # the first of each group
+    kill(model[0], rows=dead)
+    x = torch.randn(2, 3, 8, 8)
+    found = probe(model, x)
+    assert found.reasons == {Reason.BORDER.name: groups}
+    assert [(left.site, left.members[0]) for left in found.leftovers] == [("_2", ("_0", 1, c)) for c in dead]
+    assert srfx.minimize(model, x).get_parameter("0.weight").shape == (8, 3, 3, 3)
+    model[2].padding = (0, 0)
+    assert probe(model, x).reasons == {}
+    assert srfx.minimize(model, x).get_parameter("0.weight").shape == (8 - groups, 3, 3, 3)
