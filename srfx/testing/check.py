@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from srfx.analysis.why import CARRIER, IMPLIED, RESTORED, STATISTIC, SUSTAINED
+from srfx.ir.plan import Reason
 from srfx.minimize import minimize
+from srfx.testing.probe import probe
 
 RTOL = 1e-9
+BARRIERS = (
+    Reason.UNKNOWN_OP, Reason.OPAQUE_HOOK, Reason.TRAINING_MODE, Reason.NON_FINITE, Reason.UNSUPPORTED_DTYPE,
+    Reason.UNTRACKED_AXIS, Reason.CHANNEL_MIXING, Reason.NOT_LINEAR_IN_NORM, Reason.OUTPUT_LAYOUT, Reason.MUTATION,
+    Reason.DATA_DEPENDENT, Reason.COMPUTED_WEIGHT, Reason.UNRECOGNISED_CALL,
+)  # fmt: skip
 ROUTES = ("symbolic", "export", "decomposed")
 
 Inputs = Callable[[int], tuple[Any, ...]]
@@ -130,6 +139,17 @@ def idempotent(case: Case) -> None:
     Of an output that is one constant only a shape is left to compute, by what is left of its layers; a second run
     may find less of them to be enough.  Such models are no examples.
     """
+    assert_varies(case)
+    again = minimize(case.small, case.inputs(2))
+    assert shapes(again) == shapes(case.small), f"{shapes(case.small)}, then {shapes(again)}"
+
+
+def assert_varies(case: Case) -> None:
+    """Every output depends on the input.
+
+    Raises:
+        Skip: one is a constant.
+    """
     one, two = run(case.model, case.inputs(2)), run(case.model, case.inputs(3))
     for a, b in zip(one, two, strict=True):
         if (
@@ -139,8 +159,26 @@ def idempotent(case: Case) -> None:
             and difference(a[:1], b[:1]) < 1e-6
         ):
             raise Skip("an output is constant")
-    again = minimize(case.small, case.inputs(2))
-    assert shapes(again) == shapes(case.small), f"{shapes(case.small)}, then {shapes(again)}"
+
+
+DOCUMENTED = frozenset(
+    {"LAST_CHANNEL", RESTORED, CARRIER, STATISTIC, "BLOCK_COUNT", "MULTIPLE_OF", IMPLIED, SUSTAINED}
+    | {"SHARED_WEIGHT", "BORDER"}
+    | {reason.name for reason in BARRIERS}
+)
+"""Reasons for which a class may stay that the probe calls removable; docs/testing.md says why each is one."""
+
+
+def complete(case: Case) -> Counter[str]:
+    """Nothing stays that the probe calls removable, except for documented reasons; how often for each.
+
+    A model with a constant output is no example, as for `idempotent`.
+    """
+    assert_varies(case)
+    found = probe(case.traced, case.inputs(2))
+    lost = [str(left) for left in found.leftovers if left.reason not in DOCUMENTED]
+    assert not lost, f"{len(lost)} of {found.n_removable} removable classes stay: {lost[0]}"
+    return Counter(found.reasons)
 
 
 def shapes(model: nn.Module) -> list[tuple[int, ...]]:

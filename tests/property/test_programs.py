@@ -17,6 +17,7 @@ import srfx
 from srfx.testing.check import (
     Case,
     Skip,
+    complete,
     count,
     difference,
     idempotent,
@@ -81,6 +82,13 @@ def test_same_function_exported(route: str, program: Program) -> None:
 @SOME
 def test_idempotent(program: Program) -> None:
     holds(idempotent, case_of(program))
+
+
+@given(programs())
+@SOME
+def test_complete(program: Program) -> None:
+    """What the probe calls removable goes, except for documented reasons."""
+    holds(complete, case_of(program))
 
 
 @given(programs())
