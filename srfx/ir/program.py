@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from srfx.ir.attrs import get_attr
 
+AT_ONCE = 1 << 20
+"""Entries of a weight that are read at a time, where that needs room."""
+
 
 @dataclass(eq=False)
 class Param:
@@ -103,11 +106,7 @@ class Program:
     def is_finite(self, param: Param) -> bool:
         """Whether a stored tensor holds no inf and no nan."""
         if param not in self._finite:
-            tensor = param.tensor.detach()
-            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            self._finite[param] = bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(
-                torch.isfinite(tensor).all()
-            )
+            self._finite[param] = _is_finite(param.tensor.detach())
         return self._finite[param]
 
     def leaves(self, node: fx.Node) -> list[Any]:
@@ -183,3 +182,16 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         return
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def rows_at_once(tensor: Tensor, axis: int = 0) -> int:
+    """How many positions of an axis to compute with at a time: a wider copy of the whole may be larger than the model."""
+    return max(1, AT_ONCE // max(1, tensor.numel() // max(1, tensor.shape[axis])))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    parts = tensor.split(rows_at_once(tensor)) if tensor.dim() else (tensor,)
+    return all(
+        bool(torch.isfinite(part.sum(dtype=wide))) or bool(torch.isfinite(part).all()) for part in parts
+    )

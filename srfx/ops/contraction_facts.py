@@ -19,15 +19,12 @@ from torch import Tensor, fx
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
-from srfx.ir.program import Param, Value
+from srfx.ir.program import Param, Value, rows_at_once
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.matrix_form import columns_read, flat_positions, rows_reading, split_axis
+from srfx.ops.matrix_form import columns_read, flat_positions, nonzero, rows_reading, split_axis
 from srfx.ops.rule import OpRule, PortSite
-
-AT_ONCE = 1 << 21
-"""Entries of a weight that are folded at a time in float64."""
 
 
 class ContractionFacts(OpRule):
@@ -218,9 +215,7 @@ class ContractionFacts(OpRule):
         assert isinstance(w, Param)
         key = self._reads_key(call)
         if key not in facts.cache:
-            m = self.matrix(call, w.tensor.detach())
-            size = m.abs().sum(-1) if m.shape[-1] > 1 else m[..., 0]
-            facts.cache[key] = (size != 0).to(torch.uint8).cpu()
+            facts.cache[key] = nonzero(self.matrix(call, w.tensor.detach()))
         return facts.cache[key]
 
     def _reads_key(self, call: Call) -> tuple[int, int, int]:
@@ -279,9 +274,10 @@ class ContractionFacts(OpRule):
             return torch.zeros(*value.shape[:-1], m.shape[1], dtype=torch.float64)
         columns = used.nonzero().flatten()
         k, at = value.index_select(-1, columns).unsqueeze(-1), columns.to(m.device)  # [outer.., G, C, 1]
-        n_rows = max(1, AT_ONCE // max(1, m[:, 0].numel()))
         sums = []
-        for rows in m.split(n_rows, 1):  # in float64 a whole weight would be larger than the model's
+        for rows in m.split(
+            rows_at_once(m, 1), 1
+        ):  # in float64 a whole weight would be larger than the model's
             part = rows.index_select(2, at).double().sum(-1).cpu()
             sums.append((part @ k).squeeze(-1))
         return torch.cat(sums, -1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srfx.ir.program import rows_at_once
+
 
 def flat_positions(t: Tensor) -> Tensor:
     """[outer.., G, C] as [positions, G, C]; a vector has one position."""
@@ -14,6 +16,15 @@ def flat_positions(t: Tensor) -> Tensor:
 def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
     """The view of one axis as [groups, rest]."""
     found: Tensor = t.unflatten(axis, (groups, -1))
+    return found
+
+
+def nonzero(m: Tensor) -> Tensor:
+    """Which entries of M [G, R, C, taps] have some nonzero tap, [G, R, C] uint8 on the CPU; in pieces."""
+    found, n_rows = torch.empty(m.shape[:-1], dtype=torch.uint8), rows_at_once(m, 1)
+    for into, part in zip(found.split(n_rows, 1), m.split(n_rows, 1), strict=True):
+        size = part.abs().sum(-1) if m.shape[-1] > 1 else part[..., 0]
+        into.copy_(size != 0)
     return found
 
 
