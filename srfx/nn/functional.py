@@ -315,7 +315,7 @@ def compensated_group_norm(
     spread = ((var_channel + offset * offset)[..., None] * member).sum(1)  # [N, G]
     from_removed = (n_removed / group_size) * (mean_removed - mean) ** 2
     r = torch.rsqrt(spread / group_size + from_removed + floor)[:, group_index]  # [N, K]
-    y = (centred + offset[..., None]) * (r if weight is None else r * weight)[..., None]
-    if bias is not None:
-        y = y + bias[:, None]
+    scale = r if weight is None else r * weight  # [N, K]
+    shift = offset * scale if bias is None else torch.addcmul(bias.to(stat), offset, scale)
+    y = torch.addcmul(shift[..., None], centred, scale[..., None])  # one pass in eager mode
     return y.reshape(x.shape).to(x.dtype)

@@ -332,6 +332,8 @@ def _register() -> None:
     op_rule(nn.LogSoftmax, nn.Softmin)(AlongOne)
     for name in ("cumsum", "cumprod", "sort", "argsort", "cummax", "cummin", "logcumsumexp"):
         op_rule(*spellings(name), default_dim=-1)(AlongOne)
+    local = (F.local_response_norm, "input size alpha beta k")  # a window of channels; spatial axes are apart
+    op_rule(nn.LocalResponseNorm, local, default_dim=1)(AlongOne)
 
 
 _register()

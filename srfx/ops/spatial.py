@@ -75,7 +75,9 @@ class PerChannel(OpRule):
         if isinstance(live, tuple):
             found = [part for part in live if part is not None]
             live = torch.stack(torch.broadcast_tensors(*found)).any(0)
-        return {self.source(call): live}
+        source, spatial = self.source(call), range(self.first_spatial(call), live.dim())
+        facts.refuse_constants(call.node, source, spatial, Reason.CHANNEL_MIXING)
+        return {source: live}
 
 
 def _zero(value: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
 from srfx.nn import CompensatedGroupNorm, CompensatedLayerNorm, CompensatedRMSNorm, RemovedConstants
-from tests.helpers import assert_equivalent, check, count, kill, plan_of, randomized, shapes
+from tests.helpers import Sandwich, assert_equivalent, check, count, kill, plan_of, randomized, shapes
 
 aten = torch.ops.aten
 Op = Callable[..., Any]
@@ -559,26 +559,49 @@ class GRN(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("norm", [GRN(8), nn.LocalResponseNorm(3)])
-def test_barriers(norm: nn.Module) -> None:
+class Barred(nn.Module):
+    """GRN runs channels last, local response norm over axis 1."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm if isinstance(norm, nn.Module) else None
+        self.function = [norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, GRN):
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y: Tensor = self.function[0](x)
+        return y
+
+
+LOCAL = [nn.LocalResponseNorm(3), lambda x: F.local_response_norm(x, 3, k=2.0)]
+
+
+@pytest.mark.parametrize("norm", [GRN(8), *LOCAL])
+def test_barriers(norm: Any) -> None:
     """They mix channels in a way that no rule follows; nothing breaks, and other axes are not touched."""
-
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = norm
-
-        def forward(self, x: Tensor) -> Tensor:
-            if isinstance(self.norm, GRN):
-                return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            y: Tensor = self.norm(x)
-            return y
-
-    model = Grouped(Last(), nn.Conv2d(8, 4, 1))
+    model = Grouped(Barred(norm), nn.Conv2d(8, 4, 1))
     constant(model.a, DIFFERENT)
     kill(model.b, columns=[5, 6])
     kill(model.b, rows=[0])
-    check(model, (PIC,), kept={"a.weight": (8, 3, 1, 1)})
+    reasons = [] if isinstance(norm, GRN) else [Reason.CHANNEL_MIXING]
+    check(model, (PIC,), kept={"a.weight": (8, 3, 1, 1)}, reasons=reasons)
+
+
+def test_zeros_leave_a_global_response_norm() -> None:
+    """Length 0 adds nothing to the mean of lengths, whose divisor stays; a shift is a constant for the reader."""
+    model = Grouped(Barred(GRN(8)), nn.Conv2d(8, 4, 1))
+    constant(model.a, ZERO)
+    check(model, (PIC,), kept={"a.weight": (5, 3, 1, 1), "b.weight": (4, 5, 1, 1)})
+
+
+@pytest.mark.parametrize("norm", LOCAL)
+def test_local_response_norm_leaves_other_axes_alone(norm: Any) -> None:
+    """Of [N, T, C] it mixes T: channels that nobody reads go. Exported, it is a pooling that is given both axes."""
+    model = randomized(Sandwich(nn.Linear(6, 8), norm, nn.Linear(8, 4)))
+    kill(model.back, columns=[1, 2])
+    kept = {"front.weight": (6, 6), "back.weight": (4, 6)}
+    check(model, (torch.randn(2, 5, 6),), kept=kept, routes=("symbolic",))
 
 
 # ---------------------------------------------------------------------------------------- again
