@@ -184,6 +184,7 @@ def test_a_mode_without_inductor_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_inductor(mode: str) -> None:
     net = network().float()
