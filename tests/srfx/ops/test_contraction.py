@@ -303,6 +303,7 @@ def test_constants_that_stay_make_no_bias() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.front = nn.Linear(3, 4, bias=False)
             self.norm, self.up, self.down = (
                 nn.LayerNorm(4),
                 nn.Linear(4, 8, bias=False),
@@ -310,13 +311,15 @@ def test_constants_that_stay_make_no_bias() -> None:
             )
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = x + self.down(F.relu(self.up(self.norm(x))))
+            y = self.front(x) + 0.25
+            out: Tensor = y + self.down(F.relu(self.up(self.norm(y))))
             return out
 
     model = randomized(Residual()).double().eval()
     with torch.no_grad():
         model.norm.weight[[0, 2]] = 0
-    x = torch.randn(3, 5, 4, dtype=torch.float64)
+        model.front.weight[0] = 0
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
     small = minimize(model, x)
     assert relative_error(model(x), small(x)) < 1e-9
     assert small.get_submodule("up").bias is None
