@@ -42,6 +42,7 @@ def test_a_killed_run_ends_as_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # half a minute; on a busy machine many times that
 @pytest.mark.parametrize("what", ["replace", "fsync", "step"])
 def test_killed_at_every_moment(tmp_path: Path, what: str) -> None:
     """Before each rename, within each write, in each training step: all there is that could be lost or half done."""
