@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 import srfx
 from benchmarks import ragged_models as zoo
+from benchmarks.cycle.history import machine
 from tests.helpers import recalibrated
 
 TOLERANCE = 1e-9
@@ -257,7 +258,8 @@ def main() -> None:
     if path is None and len(rows) == len(zoo.NAMES):
         path = Path(__file__).parent / "results" / "ragged_bound.json"
     if path is not None:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        found = {"machine": machine("torchvision", "transformers"), "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

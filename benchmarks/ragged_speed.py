@@ -20,6 +20,7 @@ import torch
 
 import srfx
 from benchmarks import ragged_models as zoo
+from benchmarks.cycle.history import machine
 from srfx.ir.timing import best_s
 
 WAYS: dict[str, Any] = {"aligned": False, "ragged": True, "auto": "auto"}
@@ -77,7 +78,8 @@ def main() -> None:
     if path is None and given.names == list(zoo.NAMES):
         path = Path(__file__).parent / "results" / "ragged_speed.json"
     if path is not None:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        found = {"machine": machine("torchvision", "transformers"), "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

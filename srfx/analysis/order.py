@@ -122,17 +122,15 @@ def _all_fields(facts: FactTable) -> Iterator[Fields]:
 def _fixed(facts: FactTable, sites: Sequence[Site]) -> Iterator[Tensor]:
     """Labels of channels whose place matters.
 
-    They are pinned, in heads, selected by number, an output's, computed without an input, taken of a value that no weight
-    numbers, or met by an op that does not treat all positions alike.
+    They are pinned, in heads, selected by number, an output's, taken of a value that no weight numbers, or met by an op
+    that does not treat all positions alike (a literal tensor too).
     """
     program, table = facts.program, facts.labeller.table
     yield from (pin.labels for pin in table.pins)
     yield from (block.rows for block in table.blocks if block.rows.shape[0] > 1)
     for required in facts.labeller.required.values():
         yield from required
-    outputs = program.gm.graph.output_node().all_input_nodes
-    computed = [n for n in program.nodes if n in program.independent and n.op != "get_attr"]
-    for node in (*outputs, *computed):
+    for node in program.gm.graph.output_node().all_input_nodes:
         yield from _labels(facts, program.value(node))
     for site in sites:
         if not site.rule.is_even(site.call):
