@@ -25,7 +25,7 @@ from srfx.ops.permute import MatrixTranspose, MoveDim, PermuteAxes, Transpose
 from srfx.ops.registry import resolve
 from srfx.ops.selection import Narrow, Select
 from srfx.ops.splitting import Splitting
-from srfx.ops.views import Flatten, Reshaping, Unflatten, View
+from srfx.ops.views import Flatten, Reshaping, Squeeze, Unflatten, View
 
 aten = torch.ops.aten
 
@@ -247,8 +247,10 @@ def flat_axes(call: Call) -> tuple[int, ...] | None:
     dims = [*node.args[1:], *node.kwargs.values()]
     if name == "unsqueeze":
         return ()
-    if name == "squeeze" and len(dims) == 1 and isinstance(dims[0], int):
-        return (dims[0] % rank,)
+    if name == "squeeze" and len(dims) == 1:
+        given: Any = dims[0]
+        given = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given  # aten.squeeze.dims
+        return (given % rank,) if isinstance(given, int) else None
     if name == "flatten" and call.module is None and all(isinstance(d, int) for d in dims):
         first = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
         last = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
@@ -293,6 +295,8 @@ def is_supported(node: fx.Node, rule: Movement, call: Call) -> bool:
     """Whether a node can be written again without the tracked axis."""
     if isinstance(rule, View):
         return view_sizes(node) is not None
+    if isinstance(rule, (Flatten, Squeeze)):
+        return flat_axes(call) is not None
     if isinstance(rule, Unflatten):
         has_literals = isinstance(call.get("dim"), int) and isinstance(call.get("sizes"), (tuple, list))
         return call.module is None and has_literals

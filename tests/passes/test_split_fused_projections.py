@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from srfx.ir.capture import capture
 from srfx.ir.plan import Reason
-from srfx.minimize import canonicalise
+from srfx.minimize import canonicalise, minimize
 from srfx.passes import get_pass
 from tests.helpers import assert_equivalent
 from tests.snapshots import assert_unchanged, snapshot, trace
@@ -350,3 +350,24 @@ def test_canonicalise_runs_it():
     gm = capture(fx.symbolic_trace(Fused(outer_unbind).double().eval()), (X,)).graph_module
     assert SPLIT in [name for name, _ in canonicalise(gm, [X]).edits]
     assert operator.attrgetter("qkv_q.weight")(gm).shape == (E, E)
+
+
+def test_an_axis_squeezed_by_a_list_of_axes():
+    """Decomposed attention squeezes its packed projection with ``squeeze.dims``."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            return self.attention(x, x, x, key_padding_mask=~seen)[0]
+
+    model, x = Words().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        model.attention.in_proj_weight[[10, 11]] = 0
+    seen = torch.ones(2, 5, dtype=torch.bool)
+    program = torch.export.export(model, (x, seen)).run_decompositions()
+    small = minimize(program)
+    torch.testing.assert_close(small(x, seen), model(x, seen), rtol=1e-9, atol=1e-12)
+    assert len([name for name, _ in small.named_parameters() if name.endswith("weight")]) == 4
