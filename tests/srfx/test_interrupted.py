@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,13 +54,17 @@ def _process_state() -> tuple[Any, ...]:
 
 
 def _calls(run: Callable[[], Any], stop_at: int | None) -> int:
-    """Run, counting calls of our own functions; Ctrl-C at one of them."""
+    """Run, counting calls of our own functions; Ctrl-C at one of them.
+
+    Generators are left out: one that is thrown away is called once more to close, and what it raises then is ignored.
+    """
     count = 0
 
     def watch(frame: Any, event: str, arg: Any) -> None:
         nonlocal count
         name = frame.f_globals.get("__name__", "")
-        if event != "call" or not name.startswith("srfx") or sys.is_finalizing():
+        is_generator = frame.f_code.co_flags & inspect.CO_GENERATOR
+        if event != "call" or is_generator or not name.startswith("srfx") or sys.is_finalizing():
             return
         count += 1
         if count == stop_at:
