@@ -55,6 +55,7 @@ class Concat(OpRule):
         # one position (a class token) does not make an axis of tokens a channel axis
         tracked = any(axis in f and s[axis] > 1 for f, s in parts) or all(axis in f for f, _ in parts)
         joined: Fields = {}
+        alike: list[Fields] = [{} for _ in parts]
         if not tracked:
             for f, _ in parts:
                 if axis in f:
@@ -74,19 +75,15 @@ class Concat(OpRule):
                     [_widen(h, axis, s[axis]) for h, (_, s) in zip(held, parts, strict=True)], axis
                 )
             else:
-                joined[other] = self._tied(labels, held, axis)
-        return joined
+                for fields, found in zip(alike, held, strict=True):
+                    fields[other] = _one(labels, found, axis)
+        shapes = [tuple(1 if a == axis else n for a, n in enumerate(s)) for _, s in parts]
+        return {**joined, **labels.unify(list(zip(alike, shapes, strict=True)), rank, site)}
 
     def _untracked(self, labels: Labeller, shape: Shape, axis: int, site: str) -> Tensor:
         fresh = labels.table.fresh(*[n if a == axis else 1 for a, n in enumerate(shape)])
         labels.table.pin(fresh, site, Reason.UNTRACKED_AXIS.name)
         return fresh
-
-    def _tied(self, labels: Labeller, held: list[Tensor], axis: int) -> Tensor:
-        first = min(held, key=Tensor.numel).narrow(axis, 0, 1)
-        for other in held:
-            labels.table.tie(first, other)
-        return first
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         axis = self.axis(call)
@@ -183,6 +180,13 @@ class Stack(OpRule):
 
 def _past(axis: int, inserted: int) -> int:
     return axis + 1 if axis >= inserted else axis
+
+
+def _one(labels: Labeller, field: Tensor, axis: int) -> Tensor:
+    """A field without its spread along an axis of which no channels are followed: what differs there is tied."""
+    first = field.narrow(axis, 0, 1)
+    labels.table.tie(first, field)
+    return first
 
 
 def _widen(t: Tensor, axis: int, extent: int) -> Tensor:

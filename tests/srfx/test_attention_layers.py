@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import check, kill, randomized
+from srfx.minimize import minimize
+from tests.helpers import check, kill, randomized, relative_error
 
 E, H, D, T, S = 12, 3, 4, 5, 7
 WIDTH = 2 * (D - 1)
@@ -193,3 +194,25 @@ def test_transformer() -> None:
     found = check(Two(model).eval(), (torch.randn(2, S, E), torch.randn(2, T, E)))
     for outcome in found.values():
         _lost(outcome.small, 3, 2)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_zero_key_beside_heads_and_batch_in_one_axis(batch_first: bool) -> None:
+    """Exported at one batch size, keys stand as [N H, T, D] beside zeros [N H, 1, D]: their lanes differ from head to head."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Linear(12, 12)
+            self.attention = nn.MultiheadAttention(12, 4, add_zero_attn=True, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(self.front(x), x, x, need_weights=False)[0]
+
+    model, x = randomized(Words()).double(), torch.randn(7, 2, 12, dtype=torch.float64)
+    with torch.no_grad():
+        model.attention.out_proj.weight[:, 3:6] = 0  # nobody reads the second head
+    small = minimize(torch.export.export(model, (x,)))
+    assert relative_error(model(x), small(x)) < 1e-12
+    assert small.get_parameter("attention.k_proj.weight").shape == (9, 12)
+    assert small.get_parameter("attention.v_proj.weight").shape == (9, 12)
