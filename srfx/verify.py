@@ -17,6 +17,7 @@ from srfx.ir.capture import capture
 from srfx.ir.double import copy_for_comparison, float64_mode, to_double
 from srfx.ir.generate import Spec, generate
 from srfx.ir.shapes import hint_inputs
+from srfx.ir.surroundings import plain_attention
 from srfx.record.attach import record_of
 from srfx.record.record import Record, TensorSpec
 
@@ -96,7 +97,8 @@ def verify(
 
     Both run on copies, in the mode they are in (a batch norm in training mode uses the batch), but without
     dropout: modules of dropout are switched off, and models that draw random numbers by other means cannot be
-    compared.
+    compared.  The fast path of ``nn.TransformerEncoder`` is off: it writes zeros at padded positions, where the
+    layers have values whenever gradients are recorded.
 
     Args:
         before: the original, in any form that `srfx.minimize` takes.
@@ -125,7 +127,7 @@ def verify(
     double = [copy_for_comparison(m, to_double) for m in models]
     dtype = _lowest_dtype(models[0])
     worst = _Worst()
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), plain_attention():
         for args, named, is_optional in _batches(models, inputs, kwargs, seed):
             try:
                 truth = _run(double[0], args, named, seed, in_double=True)

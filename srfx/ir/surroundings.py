@@ -35,6 +35,22 @@ def plain_torch() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Layers of ``nn.TransformerEncoder`` compute what they compute while training: their fast path is off.
+
+    The fast path writes zeros at padded positions, where the plain one has values; which of the two runs depends on
+    whether gradients are recorded.
+    """
+    with ONE_AT_A_TIME:
+        was = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(was)
+
+
+@contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Tensors made without a device come to life on the CPU, whatever the default device is."""
     if torch.get_default_device().type == "cpu":

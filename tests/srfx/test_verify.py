@@ -232,3 +232,25 @@ def test_seeds() -> None:
 )
 def test_relative_error(truth: list[float], other: list[float], error: float) -> None:
     assert relative_error(torch.tensor(truth).double(), torch.tensor(other)) == error
+
+
+def test_padded_positions_are_compared_without_the_fast_path() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+            return self.head(self.encoder(x, src_key_padding_mask=padded))
+
+    model, x = randomized(Words()).eval(), torch.randn(2, 4, 8)
+    padded = torch.tensor([[False, False, True, True], [False] * 4])
+    with torch.no_grad():
+        model.encoder.layers[0].linear1.weight[[1, 3]] = 0
+        is_filled = bool((model.encoder(x, src_key_padding_mask=padded)[0, 2:] == 0).all())
+    assert is_filled  # the fast path ran: where this fails, there is nothing to test any more
+    traced = fx.symbolic_trace(model)
+    small = srfx.minimize(traced, (x, padded))
+    assert srfx.verify(traced, small, inputs=(x, padded)).ok
+    assert torch.backends.mha.get_fastpath_enabled()
