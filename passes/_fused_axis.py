@@ -249,7 +249,8 @@ def flat_axes(call: Call) -> tuple[int, ...] | None:
         return ()
     if name == "squeeze" and len(dims) == 1:
         given: Any = dims[0]
-        given = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given  # aten.squeeze.dims
+        if isinstance(given, (list, tuple)) and len(given) == 1:  # aten.squeeze.dims
+            given = given[0]
         return (given % rank,) if isinstance(given, int) else None
     if name == "flatten" and call.module is None and all(isinstance(d, int) for d in dims):
         first = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)

@@ -23,7 +23,7 @@ from srfx.ir.program import Param, Value, rows_at_once
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.matrix_form import columns_read, flat_positions, nonzero, rows_reading, split_axis
+from srfx.ops.matrix_form import columns_read, flat_positions, marked_at, nonzero, rows_reading, split_axis
 from srfx.ops.rule import OpRule, PortSite
 
 
@@ -339,7 +339,7 @@ class ContractionFacts(OpRule):
         ):
             return None
         kept = self._by_group(call, facts.kept_channels(self.x(call))) | facts.is_kept(affine.sources)
-        return affine.mask & (~kept | _marked(kept, facts.emitted.get(affine.norm)))
+        return affine.mask & (~kept | marked_at(kept, facts.emitted.get(affine.norm)))
 
     def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:
         """The norm whose channels [C] this call does not read, but takes from the norm's statistics."""
@@ -396,10 +396,3 @@ class ContractionFacts(OpRule):
         read = columns_read(self._rows_by_group(call, live), self._reads(call, facts))
         border = (read & ~varies & (value != 0)).flatten(0, -2).any(0)
         return border if bool(border.any()) else None
-
-
-def _marked(like: Tensor, positions: dict[str, int] | None) -> Tensor:
-    marked = torch.zeros_like(like)
-    if positions:
-        marked[..., list(positions.values())] = True
-    return marked

@@ -39,3 +39,11 @@ def rows_reading(flags: Tensor, reads: Tensor) -> Tensor:
 def columns_read(flags: Tensor, reads: Tensor) -> Tensor:
     """Columns that some flagged row reads: [outer.., G, R] bool and [G, R, C] uint8 give [outer.., G, C] bool."""
     return (reads & flags.to(torch.uint8).unsqueeze(-1)).amax(-2) > 0
+
+
+def marked_at(like: Tensor, positions: dict[str, int] | None) -> Tensor:
+    """False everywhere but at these positions of the last axis."""
+    marked = torch.zeros_like(like)
+    if positions:
+        marked[..., list(positions.values())] = True
+    return marked
