@@ -73,6 +73,9 @@ def timm_names() -> list[str]:
     return [n for n in TIMM if n in every]
 
 
+COLLECTIONS = (("torchvision", torchvision_names), ("timm", timm_names))
+
+
 def build(collection: str, name: str) -> nn.Module:
     """The untrained model in eval mode, float64, without auxiliary heads."""
     torch.manual_seed(0)
@@ -240,6 +243,10 @@ picture that is larger and not square. *Wrong* counts errors above {EXACT:g} and
 |---|---:|---:|---:|---:|---:|---:|---:|
 """
     lines = [summary(rows, c) for c in collections]
+    known = {(r["collection"], r["model"]) for r in rows}
+    left = [f"{c} {n}" for c, names in COLLECTIONS for n in names() if (c, n) not in known]
+    if left:
+        lines += ["", f"Not measured yet, {len(left)} models: {', '.join(left)}."]
     lines += ["", "*Kept* is what stays because the op at that site cannot lose it: sites by reason "
               "(`srfx.report` names each), and calls of ops without a rule.", "",
               "| model | traced by | parameters | after | left | error | kept |", "|---|---|---:|---:|---:|---:|---|"]  # fmt: skip
@@ -278,7 +285,7 @@ def main() -> None:
     if path and path.exists() and not options.fresh:
         rows = json.loads(path.read_text())
     known = {(r["collection"], r["model"]) for r in rows}
-    for collection, names in (("torchvision", torchvision_names), ("timm", timm_names)):
+    for collection, names in COLLECTIONS:
         if options.collection not in (None, collection):
             continue
         for name in names():
