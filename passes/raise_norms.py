@@ -86,6 +86,9 @@ class RaiseNorms(Pass):
 
     def __init__(self, hints: Sequence[Any] | None = None) -> None:
         self.hints = hints
+        self._raised: dict[
+            str, fx.Node
+        ] = {}  # by the name of what they replaced: a norm may read another one
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every norm, in graph order; propagates shapes only where there is a candidate."""
@@ -113,7 +116,7 @@ class RaiseNorms(Pass):
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         """Replace one norm."""
         assert isinstance(edit, RaiseNorm)
-        nodes = {n.name: n for n in gm.graph.nodes}
+        nodes = {n.name: n for n in gm.graph.nodes} | self._raised
         old = nodes[edit.node]
         args = tuple(nodes[a.name] if isinstance(a, Named) else a for a in edit.args)
         with gm.graph.inserting_before(old):
@@ -121,9 +124,11 @@ class RaiseNorms(Pass):
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
         gm.graph.erase_node(old)
+        self._raised[edit.node] = new
 
     def finish(self, gm: fx.GraphModule) -> None:
         """Remove what spelled the norms."""
+        self._raised = {}
         remove_dead_nodes(gm)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import srfx
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
 from srfx.passes.raise_norms import RaiseNorms
@@ -211,3 +212,11 @@ def test_decomposed_exports(norm: nn.Module) -> None:
     assert shapes(small)["0.weight"] == (5, 6)
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
     assert shapes(minimize(small, (x,))) == shapes(small)
+
+
+def test_a_norm_that_reads_a_norm():
+    model = nn.Sequential(nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 3)).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    small = srfx.minimize(torch.export.export(model, (x,)).run_decompositions())
+    torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
+    assert not any(n.target is torch.ops.aten.native_layer_norm.default for n in small.graph.nodes)
