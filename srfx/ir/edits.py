@@ -184,6 +184,18 @@ class Retarget(GraphEdit):
 
 
 @dataclass(frozen=True)
+class ViewAnyLayout(GraphEdit):
+    """A ``view`` becomes a ``reshape``, which is the same view where its operand's strides allow one."""
+
+    def apply(self, editor: GraphEditor) -> None:
+        node = editor.nodes[self.node]
+        if node.target == "view":
+            node.target = "reshape"
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+
+
+@dataclass(frozen=True)
 class Recall(GraphEdit):
     """The call becomes a call of the function ``target`` with these arguments."""
 

@@ -203,7 +203,12 @@ def _split(merged: Tensor, outs: Shape, table: LabelTable) -> Fields:
         flat = merged.permute(*rows, *inner).reshape(math.prod(merged.shape[d] for d in rows), -1)
         _, which = torch.unique(flat, dim=0, return_inverse=True)
         shape = [1 if d in inner else merged.shape[d] for d in range(merged.dim())]
-        fields[o] = table.fresh(int(which.max()) + 1)[which].view(shape)
+        n_rows = int(which.max()) + 1
+        fields[o] = table.fresh(n_rows)[which].view(shape)
+        if (
+            n_rows < which.numel()
+        ):  # rows that are copies share a label, which a block of lanes does not ask for
+            table.imply(merged, fields[o])
     return fields
 
 

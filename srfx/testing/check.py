@@ -85,13 +85,23 @@ def run(model: nn.Module, given: tuple[Any, ...]) -> list[Any]:
 
 
 def same_function(case: Case) -> None:
-    """Structure, dtypes and values agree, to 1e-9 of the largest entry, at two batch sizes."""
-    sizes = (2, 3)
-    for n in sizes:
+    """Structure, dtypes and values agree, to 1e-9 of the largest entry, at two batch sizes.
+
+    A size at which what torch traced does not run is no example: torch.export may fix the batch, or decompose into
+    views that its own strides do not allow.
+    """
+    for n in (2, 3):
         given = case.inputs(n)
         wanted = run(case.model, given)
         if not all(_is_finite(t) for t in wanted):
             raise Skip("the model is not finite")
+        if case.route != "symbolic":
+            try:
+                run(case.traced, given)
+            except (RuntimeError, AssertionError) as error:  # the latter: a guard on sizes
+                if n == 2:
+                    raise Skip("the traced model does not run") from error
+                continue
         _compare(wanted, run(case.small, given), f"batch of {n}")
 
 

@@ -456,3 +456,32 @@ def test_the_scale_is_that_of_the_original_width() -> None:
     (call,) = [n for n in small.graph.nodes if n.target is F.scaled_dot_product_attention]
     assert isinstance(call, fx.Node)
     assert call.kwargs["scale"] == pytest.approx(D**-0.5)
+
+
+@pytest.mark.parametrize(("keys", "values"), [([0, 1], []), ([], [2, 3, 5])])
+def test_a_view_that_relied_on_the_layout_of_equal_widths(keys: list[int], values: list[int]) -> None:
+    """torch.export drops ``contiguous`` where the kernel for equal widths lays heads out last; for others it does not."""
+
+    class Viewed(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p(x).view(-1, x.shape[1], H, D).transpose(1, 2) for p in (self.q, self.k, self.v))
+            y = torch.tanh(F.scaled_dot_product_attention(q, k, v)).permute(0, 2, 1, 3)
+            return self.o(y.contiguous().view(-1, x.shape[1], H * D))
+
+    model = Viewed(sdpa())
+    kill(model.q, lanes(*keys), bias=True)
+    kill(model.v, lanes(*values), bias=True)
+    qk, v = W - H * len(keys), W - H * len(values)
+    found = check(model, (X,), kept=sizes(q=qk, k=qk, v=v, o=v))
+    graph = found["export"].small.graph
+    ((last,),) = [
+        [u.target for u in n.users] for n in graph.nodes if n.target is torch.ops.aten.permute.default
+    ]
+    assert last is torch.ops.aten.reshape.default
+
+
+def test_attention_that_keeps_its_widths_keeps_its_views() -> None:
+    model = nn.Sequential(nn.Linear(C, C), Attention(sdpa()))
+    kill(model[0], [0, 1, 2])
+    small = check(model, (X,))["export"].small
+    assert torch.ops.aten.reshape.default not in {n.target for n in small.graph.nodes}

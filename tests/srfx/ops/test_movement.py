@@ -248,3 +248,16 @@ def test_a_view_of_a_block_revives_to_equal_counts() -> None:
     model, _ = same(lambda x: x.view(-1, 2, 4, x.size(2), x.size(3)).transpose(1, 2).sum(1))
     model.back = randomized(nn.Conv2d(2, 4, 1))
     check(model, (X,), others=[OTHER])
+
+
+@pytest.mark.parametrize("dead", [[0, 1, 2, 3, 4, 5], [1, 2, 4, 5], [0, 3]])
+def test_a_view_of_copies_has_as_many_rows_as_its_lanes_ask_for(dead: list[int]) -> None:
+    """Six channels, twice, as four rows of three: rows 0 and 2 are one row, and a lane of it keeps both."""
+
+    def twice(x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        return torch.cat([x, x], 1).view(n, 4, 3, h, w).transpose(1, 2).reshape(n, -1, h, w)
+
+    model = randomized(Sandwich(nn.Conv2d(3, 6, 1, bias=False), twice, nn.Identity()))
+    kill(model.front, dead)
+    check(model, (X,), others=[OTHER], kept={"front.weight": (2 if len(dead) > 2 else 4, 3, 1, 1)})
