@@ -165,18 +165,20 @@ def _restore_axis(facts: FactTable, output: fx.Node, node: fx.Node, axis: int) -
     c = facts.constancy(node)
     varies = c.varies.expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).flatten()
     layout = [-1 if a == axis else 1 for a in range(len(shape))]
-    index = torch.where(kept, kept.cumsum(0) - 1, 0).clamp(min=0)
+    place = kept.cumsum(0) - 1
+    # whatever the template covers reads one varying channel: a constant that stays for another reader may go later
+    index = torch.where(varies, place, place[varies][:1] if bool(varies.any()) else 0)
     template = (
         c.value.double().expand([shape[axis] if a == axis else 1 for a in range(len(shape))]).to(hint.dtype)
     )
-    place: Any = hint.device
+    device: Any = hint.device
     return RestoreOutput(
         output.name,
         node.name,
         axis,
-        index.to(place),
-        varies.view(layout).to(place),
-        template.contiguous().to(place),
+        index.to(device),
+        varies.view(layout).to(device),
+        template.contiguous().to(device),
     )
 
 

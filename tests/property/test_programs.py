@@ -17,6 +17,7 @@ import srfx
 from srfx.testing.check import (
     Case,
     Skip,
+    assert_varies,
     complete,
     count,
     difference,
@@ -144,6 +145,28 @@ def test_input_untouched(program: Program) -> None:
     before = snapshot(case.traced)
     srfx.minimize(case.traced, case.inputs(2))
     assert_unchanged(case.traced, before)
+
+
+@given(programs())
+@SOME
+def test_route_of_tracing_does_not_matter(program: Program) -> None:
+    """Traced by torch.fx or exported, the same sizes stay.
+
+    Dropout between layers lives on in a traced model, where it lets nothing but zeros pass (theory: E5, A2), and is
+    gone from one that was exported in eval mode; so there is none here.
+    """
+    case = case_of(program)
+    holds(assert_varies, case)
+    for module in case.model.modules():
+        for name in ("p", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    try:
+        found = [shapes(Case(case.model, case.inputs, route).small) for route in ("symbolic", "export")]
+    except Skip:
+        assume(False)
+        raise
+    assert found[0] == found[1]
 
 
 @given(programs())

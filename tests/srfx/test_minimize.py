@@ -521,5 +521,28 @@ def test_a_write_that_is_left_in_place_stays(route: str) -> None:
         assert any(n.target == "add_" for n in small.graph.nodes)
 
 
+def test_a_template_does_not_hold_what_the_next_round_removes() -> None:
+    """An output that a norm reads too: its constants go once the sum that follows the norm is found to be none."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.norm = nn.Linear(3, 12), nn.RMSNorm(12)
+            self.zero, self.back = nn.Linear(12, 12, bias=False), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.front(x)
+            y = self.norm(x)
+            return x, self.back(y + self.zero(y))
+
+    model = randomized(Inner())
+    kill(model.front, [0, 1, 4, 5, 6, 7, 8, 9, 10])  # constants, some of them 0, which go in the first round
+    kill(model.front, [2], bias=True)
+    model.zero.weight.data.zero_()
+    check(
+        model, (torch.randn(2, 3),), kept={"front.weight": (2, 3), "norm.weight": (2,), "back.weight": (5, 3)}
+    )
+
+
 def test_the_whole_promise() -> None:
     check(network(), INPUTS, others=[(torch.randn(1, 3, 11, 7),)])

@@ -11,6 +11,7 @@ ACTIVATIONS = (
     "{}.abs()", "{} ** 2", "torch.exp(-{}.abs())", "F.softsign({})", "nn:nn.Identity()", "nn:nn.Dropout(0.3)",
     "nn:nn.Threshold(0.1, 0.5)", "nn:nn.CELU()", "F.logsigmoid({})", "1 - {}", "-{}", "{} / 3", "{}.neg().exp()",
     "torch.cos({})", "{}.contiguous()", "{} + 0.5", "2 * {}", "{}.detach()", "{}.clone()", "F.hardsigmoid({})",
+    "{0}.to({0}.dtype)", "{0}.type_as({0})", "F.logsigmoid({0}).to(device={0}.device)",
 )  # fmt: skip
 
 

@@ -10,12 +10,25 @@ def attention(b: Builder, x: Val) -> Val:
     t, c = x.dims
     heads = b.choose.pick((2, 1, 3))
     form = b.choose.pick(
-        ("separate", "fused chunk", "fused heads", "fused last", "module", "grouped", "cross", "layer")
+        (
+            "separate",
+            "fused chunk",
+            "fused heads",
+            "fused last",
+            "module",
+            "grouped",
+            "cross",
+            "layer",
+            "gqa",
+            "decoder",
+        )
     )
     if form == "module":
         return _module(b, x)
     if form == "layer":
         return _layer(b, x)
+    if form == "decoder":
+        return _decoder(b, x)
     d = b.choose.pick((2, 4, 3, 6))
     inner = heads * d
     d_v = d
@@ -36,6 +49,13 @@ def attention(b: Builder, x: Val) -> Val:
         qkv = b.linear_on(x, 3 * inner)
         q, k, v = b.fresh("q"), b.fresh("k"), b.fresh("v")
         b.line(f"{q}, {k}, {v} = {qkv.name}.view(-1, {t}, {heads}, {3 * d}).transpose(1, 2).chunk(3, dim=-1)")
+    elif form == "gqa":
+        heads = 2 * b.choose.pick((1, 2))
+        q, k, v = (_heads(b, b.linear_on(x, n * d).name, t, n, d) for n in (heads, heads // 2, heads // 2))
+        y = b.fresh("a")
+        causal = ", is_causal=True" if b.choose.flag(0.3) else ""
+        b.line(f"{y} = F.scaled_dot_product_attention({q}, {k}, {v}{causal}, enable_gqa=True)")
+        return _output(b, y, t, heads, d, c)
     elif form == "grouped":
         heads = 2 * b.choose.pick((1, 2))
         inner = heads * d
@@ -54,10 +74,10 @@ def attention(b: Builder, x: Val) -> Val:
         q = _heads(b, b.linear_on(x, inner).name, t, heads, d)
         k = _heads(b, b.linear_on(source, inner).name, s, heads, d)
         v = _heads(b, b.linear_on(source, heads * d_v).name, s, heads, d_v)
-        return _output(b, _scores(b, q, k, v, t, s, d), t, heads, d_v, c)
+        return _output(b, _scores(b, q, k, v, t, s, d, heads), t, heads, d_v, c)
     if d % 2 == 0 and b.choose.flag(0.3):
         q, k = _rotary(b, q, k, t, d)
-    return _output(b, _scores(b, q, k, v, t, t, d), t, heads, d_v, c)
+    return _output(b, _scores(b, q, k, v, t, t, d, heads), t, heads, d_v, c)
 
 
 def _heads(b: Builder, name: str, t: int, heads: int, d: int) -> str:
@@ -102,9 +122,9 @@ def _rotary(b: Builder, q: str, k: str, t: int, d: int) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _scores(b: Builder, q: str, k: str, v: str, t: int, s: int, d: int) -> str:
+def _scores(b: Builder, q: str, k: str, v: str, t: int, s: int, d: int, heads: int) -> str:
     new = b.fresh("a")
-    mask = b.choose.pick(("", "", "causal", "key", "bias"))
+    mask = b.choose.pick(("", "", "causal", "key", "bias", "slopes"))
     fitting = [name for name, length in b.masks if length == s]
     if mask == "key" and not fitting:
         mask = ""
@@ -113,6 +133,11 @@ def _scores(b: Builder, q: str, k: str, v: str, t: int, s: int, d: int) -> str:
     given = f"{fitting[0]}[:, None, None]" if mask == "key" else ""
     if mask == "bias":
         given = b.parameter((t, s), "bias")
+    if mask == "slopes":  # a number for each head and distance
+        slopes = b.parameter((heads, 1, 1), "slope")
+        b.weights.append(Weight(slopes.removeprefix("self."), None, None))
+        given = b.fresh("bias")
+        b.line(f"{given} = {slopes} * torch.arange({s}, dtype=torch.float64)[None, None]")
     if b.choose.flag(0.55):
         extra = {"": "", "causal": ", is_causal=True"}.get(mask, f", attn_mask={given}")
         extra += ", scale=0.5" if b.choose.flag(0.15) else ""
@@ -134,7 +159,7 @@ def _scores(b: Builder, q: str, k: str, v: str, t: int, s: int, d: int) -> str:
     elif mask == "key":
         low = b.choose.pick(("-1e9", "float('-inf')"))
         b.line(f"{scores} = {scores}.masked_fill(~{given}, {low})")
-    elif mask == "bias":
+    elif mask in ("bias", "slopes"):
         b.line(f"{scores} = {scores} + {given}")
     soft = b.choose.pick((f"{scores}.softmax(-1)", f"F.softmax({scores}, dim=-1)"))
     b.line(f"{new} = {soft} @ {v}")
@@ -183,3 +208,19 @@ def _layer(b: Builder, x: Val) -> Val:
     b.weights.append(Weight(f"{path}.linear1.weight", (0, 6), (1, c), f"{path}.linear1.bias"))
     b.weights.append(Weight(f"{path}.linear2.weight", (0, c), (1, 6), f"{path}.linear2.bias"))
     return b.like(x, f"{name}({x.name})")
+
+
+def _decoder(b: Builder, x: Val) -> Val:
+    """A decoder layer that looks at itself or at another sequence of its width."""
+    c = x.width
+    heads = b.choose.pick([h for h in (2, 1, 3) if c % h == 0])
+    memory = b.choose.pick([v for v in b.values if v.kind == TOKENS and v.width == c])
+    name = b.module("block", f"nn.TransformerDecoderLayer({c}, {heads}, 6, batch_first=True)")
+    path = name.removeprefix("self.")
+    for part in ("self_attn", "multihead_attn"):
+        b.weights.append(
+            Weight(f"{path}.{part}.in_proj_weight", (0, 3 * c), (1, c), f"{path}.{part}.in_proj_bias")
+        )
+    b.weights.append(Weight(f"{path}.linear1.weight", (0, 6), (1, c), f"{path}.linear1.bias"))
+    b.weights.append(Weight(f"{path}.linear2.weight", (0, c), (1, 6), f"{path}.linear2.bias"))
+    return b.like(x, f"{name}({x.name}, {memory.name})")

@@ -38,12 +38,14 @@ class Weight:
         rows: axis and number of its output channels, or None.
         columns: axis and number of its input channels, or None (a norm scale, a grouped convolution).
         bias: path of the bias, or "".
+        gates: how many rows a unit of a recurrent layer has; its rows are masked together.
     """
 
     path: str
     rows: tuple[int, int] | None
     columns: tuple[int, int] | None
     bias: str = ""
+    gates: int = 1
 
 
 @dataclass

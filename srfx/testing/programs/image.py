@@ -207,8 +207,12 @@ def pool(b: Builder, x: Val) -> Val:
 
 
 def shuffle(b: Builder, x: Val) -> Val:
-    """Channels in another order: a channel shuffle, as views or as a module."""
-    c = x.width
+    """Channels in another order, as views or as a module; or in exchange for pixels."""
+    c, height, width = x.dims
+    if c % 4 == 0 and max(height, width) <= 7 and b.choose.flag(0.4):
+        code = b.choose.pick(("F.pixel_shuffle({}, 2)", "nn:nn.PixelShuffle(2)"))
+        code = f"{b.module('shuffle', code[3:])}({{}})" if code.startswith("nn:") else code
+        return b.let(code.format(x.name), IMAGE, (c // 4, 2 * height, 2 * width))
     groups = [g for g in _divisors(c, c) if 1 < g < c]
     if not groups:
         return activation(b, x)

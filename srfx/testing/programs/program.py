@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srfx.testing.programs import anywhere, image, tokens
+from srfx.testing.programs import anywhere, image, recurrent, tokens
 from srfx.testing.programs.builder import IMAGE, TOKENS, VECTOR, Builder, Val, Weight
 from srfx.testing.programs.choices import Choices
 from srfx.testing.programs.residual import residual
@@ -23,8 +23,8 @@ ANYWHERE: tuple[Step, ...] = (
 STEPS: dict[str, tuple[Step, ...]] = {
     IMAGE: (image.convolution, residual, image.convolution, image.norm, image.pool, image.transposed, image.gate,
             image.shuffle, image.to_tokens, image.to_vector, *ANYWHERE),
-    TOKENS: (tokens.linear, residual, residual, tokens.norm, residual, tokens.positions, tokens.recurrent,
-             tokens.to_vector, *ANYWHERE),
+    TOKENS: (tokens.linear, residual, residual, tokens.norm, residual, tokens.positions, recurrent.layer,
+             recurrent.cell, tokens.to_vector, *ANYWHERE),
     VECTOR: (tokens.linear, tokens.linear, tokens.norm, residual, tokens.vector_to, *ANYWHERE),
 }  # fmt: skip
 MAX_STEPS = 7
@@ -37,7 +37,6 @@ class Program:
     Attributes:
         choices: what it was made from.
         source: Python that defines ``model`` and ``inputs(n)``.
-        is_recurrent: whether it has a recurrent layer.
     """
 
     choices: tuple[int, ...]
@@ -62,7 +61,7 @@ def generate(choose: Choices) -> Program:
         choose.pick(STEPS[x.kind])(b, x)
     result = _outputs(b)
     masks = _masks(b)
-    is_training = choose.flag(0.05) and not any("Dropout" in line or "Encoder" in line for line in b.init)
+    is_training = choose.flag(0.05) and not any("Dropout" in line or "Transformer" in line for line in b.init)
     source = _source(b, signature, making, result, masks, is_training, choose.below(4))
     return Program(tuple(choose.made), source)
 
@@ -144,12 +143,13 @@ def _masks(b: Builder) -> list[str]:
             found.append(f"model.{weight.path}.zero_()")
             continue
         if weight.rows is not None and choose.flag(0.65):
-            axis, n = weight.rows
+            axis, n = weight.rows[0], weight.rows[1] // weight.gates
             if n not in streams or choose.flag(0.3):
                 streams[n] = choose.subset(n, max(1, (2 * n) // 3))
-            found += _zero(weight.path, axis, streams[n])
-            if weight.bias and streams[n] and choose.flag(0.4):
-                found += _zero(weight.bias, 0, streams[n])
+            rows = [gate * n + unit for gate in range(weight.gates) for unit in streams[n]]
+            found += _zero(weight.path, axis, rows)
+            if weight.bias and rows and choose.flag(0.4):
+                found += _zero(weight.bias, 0, rows)
         if weight.columns is not None and choose.flag(0.3):
             axis, n = weight.columns
             found += _zero(weight.path, axis, choose.subset(n, max(1, n // 2)))

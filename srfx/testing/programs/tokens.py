@@ -1,4 +1,4 @@
-"""Steps of [N, T, C] values and of vectors: linear layers, norms, blocks of transformers, recurrent layers."""
+"""Steps of [N, T, C] values and of vectors: linear layers, norms, blocks of transformers."""
 
 from __future__ import annotations
 
@@ -77,27 +77,6 @@ def positions(b: Builder, x: Val) -> Val:
     if form == "shift" and t > 1:
         return b.let(f"{x.name}[:, 1:] - {x.name}[:, :-1]", TOKENS, (t - 1, c))
     return b.like(x, f"torch.roll({x.name}, 1, 1)")
-
-
-def recurrent(b: Builder, x: Val) -> Val:
-    """A recurrent layer: its sequence of states."""
-    t, c = x.dims
-    h = b.choose.pick((4, 3, 6, 2))
-    cls = b.choose.pick(("LSTM", "GRU", "RNN"))
-    options, wide = ["batch_first=True"], h
-    if b.choose.flag(0.3):
-        options.append("bidirectional=True")
-        wide = 2 * h
-    if b.choose.flag(0.25):
-        options.append("num_layers=2")
-    name = b.module("rnn", f"nn.{cls}({c}, {h}, {', '.join(options)})")
-    path = name.removeprefix("self.")
-    rows = {"LSTM": 4, "GRU": 3, "RNN": 1}[cls] * h
-    b.weights.append(Weight(f"{path}.weight_ih_l0", (0, rows), (1, c), f"{path}.bias_ih_l0"))
-    b.weights.append(Weight(f"{path}.weight_hh_l0", (0, rows), (1, h), f"{path}.bias_hh_l0"))
-    out = b.fresh("s")
-    b.line(f"{out}, _ = {name}({x.name})")
-    return b.let(out, TOKENS, (t, wide))
 
 
 def to_vector(b: Builder, x: Val) -> Val:
