@@ -3,13 +3,15 @@
 For every entry of `mutations.py`, srfx, passes and tests are copied, one line is changed, and the tests that mirror it
 run until one fails. A mutant that survives all of them is printed: a test is missing. Each mutant runs in a forked
 process, so that torch is loaded once.
-Run: make mutants, or python -m benchmarks.mutants [--only TEXT] [--list]
+Run: make mutants, or python -m benchmarks.mutants [--only TEXT] [--list] [--again]
+What was found goes to benchmarks/results/mutants.json after each; a run goes on with those that it does not name.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -26,6 +28,7 @@ import torch.fx
 from benchmarks.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 
 
 def changed(mutation: Mutation) -> str:
@@ -52,15 +55,15 @@ def copied(target: Path) -> None:
     shutil.copy(ROOT / "setup.cfg", target)
 
 
-def survives(mutation: Mutation, place: Path) -> str | None:
-    """None when some test fails with this line changed; else what was tried."""
+def noticed_by(mutation: Mutation, place: Path) -> str | None:
+    """The first file of tests that fails with this line changed; None when all pass."""
     original = (place / mutation.path).read_text()
     (place / mutation.path).write_text(changed(mutation))
     try:
         for path in mutation.tests:
             if run(path, place) != 0:
-                return None
-        return ", ".join(mutation.tests)
+                return path
+        return None
     finally:
         (place / mutation.path).write_text(original)
 
@@ -96,31 +99,45 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="mutants whose file or line contains this text")
     parser.add_argument("--list", action="store_true", help="check that every line is there, and stop")
+    parser.add_argument("--again", action="store_true", help="try those too that were noticed before")
     args = parser.parse_args()
     chosen = [m for m in MUTATIONS if args.only in m.path or args.only in m.old]
     for mutation in chosen:
         changed(mutation)
-    print(f"{len(chosen)} mutants")
+    known = {entry["change"]: entry for entry in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    if not args.again:
+        chosen = [m for m in chosen if not known.get(change(m), {}).get("noticed_by")]
+    print(f"{len(chosen)} mutants to try of {len(MUTATIONS)}")
     if args.list:
         return
     torch.set_num_threads(1)
-    survivors = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         copied(place)
         for mutation in chosen:
             start = time.perf_counter()
-            left = survives(mutation, place)
-            word = "killed" if left is None else "SURVIVED"
-            line = mutation.old.strip().splitlines()[0][:80]
-            print(f"{word:>8} {time.perf_counter() - start:6.1f} s  {mutation.path}: {line}", flush=True)
-            if left is not None:
-                survivors.append((mutation, left))
-    for mutation, left in survivors:
-        print(
-            f"no test of {left} notices, in {mutation.path}:\n- {mutation.old.strip()}\n+ {mutation.new.strip()}"
-        )
-    sys.exit(1 if survivors else 0)
+            found, seconds = noticed_by(mutation, place), round(time.perf_counter() - start, 1)
+            known[change(mutation)] = {"change": change(mutation), "noticed_by": found, "seconds": seconds}
+            write([known[change(m)] for m in MUTATIONS if change(m) in known])
+            print(f"{'noticed' if found else 'SURVIVED':>8} {seconds:6.1f} s  {change(mutation)}", flush=True)
+    left = [m for m in MUTATIONS if change(m) in known and not known[change(m)]["noticed_by"]]
+    for mutation in left:
+        print(f"no test of {', '.join(mutation.tests)} notices {change(mutation)}")
+    n_tried = sum(change(m) in known for m in MUTATIONS)
+    print(f"{len(MUTATIONS)} mutants, {n_tried} tried, {len(left)} survive")
+    sys.exit(1 if left else 0)
+
+
+def change(mutation: Mutation) -> str:
+    """The mutant in one line."""
+    return f"{mutation.path}: {mutation.old.strip()} -> {mutation.new.strip() or 'nothing'}"
+
+
+def write(entries: list[dict[str, object]]) -> None:
+    """In one step, so that an interrupted run leaves the last state whole."""
+    part = RESULTS.with_suffix(".part")
+    part.write_text(json.dumps(entries, indent=1) + "\n")
+    part.replace(RESULTS)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ MUTATIONS = (
     Mutation("srfx/ops/attention.py", "needed | head & kept_k & idle_k", "needed", ATTENTION),
     Mutation("srfx/ops/attention.py", "certain = self.sees_a_key(call) and not call.get(\"dropout_p\", 0.0)", "certain = True",
              ATTENTION),
-    Mutation("srfx/ops/attention.py", "return [set_argument(call, \"scale\", 1.0 / math.sqrt(shape[-1]))]", "return []", ATTENTION),
+    Mutation("srfx/ops/attention.py", "edits.append(set_argument(call, \"scale\", 1.0 / math.sqrt(width)))", "pass", ATTENTION),
+    Mutation("srfx/ops/attention.py", "edits += loosened_views(call.node, call.program)", "pass", ATTENTION),
     Mutation("srfx/ops/attention.py", "if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):", "if True:",
              ATTENTION),
     # recurrent layers
@@ -115,6 +116,7 @@ MUTATIONS = (
              "        varies = self.varies | other.varies\n", LATTICE),
     Mutation("srfx/lattice/constancy.py", "                varies = varies | (value != first).any(axis, keepdim=True)\n",
              "                pass\n", (*LATTICE, *GENERAL)),
+    Mutation("srfx/lattice/movement.py", "            table.imply(merged, fields[o])\n", "            pass\n", LATTICE),
     Mutation("srfx/lattice/classes.py", "            for block in self.blocks:\n", "            for block in ():\n", LATTICE),
     Mutation("srfx/lattice/classes.py", "        kept = seed | self.pinned\n", "        kept = seed.clone()\n", (*LATTICE, *GENERAL)),
     Mutation("srfx/analysis/solver.py", "        seed = live_labels(facts) | facts.kept\n", "        seed = live_labels(facts)\n",
@@ -123,6 +125,8 @@ MUTATIONS = (
              "wanted = c.varies.cpu() & False", GENERAL),
     # passes
     Mutation("passes/compact_channels.py", "        *_restore(facts),\n", "", GENERAL),
+    Mutation("passes/compact_channels.py", "torch.where(varies, place, place[varies][:1]", "torch.where(kept, place, place[varies][:1]",
+             GENERAL),
     Mutation("passes/compact_channels.py", "        *frozen,\n", "", (OPS + "movement.py", *GENERAL)),
     Mutation("passes/decompose_attention.py", "causal = is_set(\"is_causal\") and not is_set(\"need_weights\")", "causal = False",
              ("tests/passes/test_decompose_attention.py",)),
