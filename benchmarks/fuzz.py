@@ -22,7 +22,7 @@ from srfx.testing.check import Case, Skip, idempotent, never_more, run, same_fun
 from srfx.testing.programs import Program, of_seed, replay, shrink
 
 
-def verdict(program: Program, route: str) -> str:
+def verdict(program: Program, route: str, ragged: bool = False) -> str:
     """Empty when all is well; what is wrong, in one line; or what kept a check from being made.
 
     "skip: ..." when the model tells nothing, "partly: ..." when only idempotence could not be asked.
@@ -34,11 +34,11 @@ def verdict(program: Program, route: str) -> str:
         return f"skip: the program itself fails: {type(error).__name__}: {error}"
     try:
         try:
-            case = Case(model, inputs, route)
+            case = Case(model, inputs, route, ragged)
         except Skip:
             if route != "symbolic":
                 raise
-            case = Case(model, inputs, "export")  # torch.fx does not trace writes by item
+            case = Case(model, inputs, "export", ragged)  # torch.fx does not trace writes by item
         same_function(case)
         never_more(case)
         try:
@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--export-every", type=int, default=10, help="export every n-th program; 0: none")
+    parser.add_argument(
+        "--ragged-every", type=int, default=7, help="ragged=True for every n-th program; 0: none"
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--shrink", type=int, default=0, help="tries to make each failing program smaller")
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
@@ -87,7 +90,9 @@ def main() -> None:
     while state["next"] < args.seed + args.count and time.monotonic() - begun < 60 * args.minutes:
         seed = state["next"]
         route = route_of(seed, args.export_every)
-        message = verdict(of_seed(seed), route)
+        ragged = bool(args.ragged_every) and seed % args.ragged_every == 0
+        message = verdict(of_seed(seed), route, ragged)
+        route += ", ragged" if ragged else ""
         if message.startswith(("skip", "partly")):
             skipped[message[:70]] += 1
             state["fine"] += message.startswith("partly")
@@ -124,15 +129,15 @@ def write(path: Path, state: dict[str, Any]) -> None:
 def report(out: Path, seed: int, route: str, message: str, budget: int) -> None:
     """Write the failing program, made smaller by up to ``budget`` tries."""
     choices = of_seed(seed).choices
-    wanted = kind(message)
+    wanted, name, ragged = kind(message), route.split(",")[0], "ragged" in route
     small = (
         choices
         if not budget
-        else shrink(choices, lambda c: kind(verdict(replay(c), route)) == wanted, budget)
+        else shrink(choices, lambda c: kind(verdict(replay(c), name, ragged)) == wanted, budget)
     )
     program = replay(small)
     (out / f"failure-{seed}.py").write_text(
-        f"# seed {seed}, route {route}: {verdict(program, route)}\n{program.source}"
+        f"# seed {seed}, route {route}: {verdict(program, name, ragged)}\n{program.source}"
     )
 
 

@@ -47,6 +47,7 @@ def spread(
         x: any tensor.
         dim: the axis of the channels, counted from the right.
         index: distinct positions, int32 or int64; or a number, the first of positions that follow one another.
+            No position at all: x lends its other sizes only, and is one channel wide.
         n_channels: C, how many channels the result has.
         template: 0 at ``index``; None is 0 everywhere.
 
@@ -67,14 +68,16 @@ def spread(
         traced: Tensor = handle_torch_function(spread, tensors, x, dim, index, n_channels, template)
         return traced
     others = None if template is None else template.to(x.dtype).view([-1] + [1] * (-dim - 1))
+    shape = list(x.shape)
+    shape[dim] = n_channels
+    if not isinstance(index, int) and index.numel() == 0:
+        return x.new_zeros(shape) if others is None else others.expand(shape).clone()
     if torch.compiler.is_compiling():
         if isinstance(index, int):
             padded = _padded(x, dim, index, n_channels)
             return padded if others is None else padded + others
         if not torch.compiler.is_exporting():
             return _gathered(x, dim, index, n_channels, template)
-    shape = list(x.shape)
-    shape[dim] = n_channels
     if torch.compiler.is_exporting():
         assert isinstance(index, Tensor)
         wide = x.new_zeros(shape) if others is None else others.expand(shape)
@@ -109,6 +112,8 @@ def add_at(x: Tensor, dim: int, index: Tensor | int, y: Tensor) -> Tensor:
         return traced
     if isinstance(index, int):
         return x + _padded(y, dim, index, x.shape[dim])
+    if index.numel() == 0:
+        return x.clone()
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return x + _gathered(y, dim, index, x.shape[dim], None)
     return torch.index_add(x, dim, index.long(), y)

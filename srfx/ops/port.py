@@ -142,7 +142,10 @@ class Rewired(Movement):
                 return Bypass(name, operand)
             return Rewire(name, operand, dim, len(call.out_shape), _stored(chosen, call))
         chosen, order = chosen.sort()
-        selected = None if chosen.numel() == n_held else _stored(chosen, call)
+        one = (
+            chosen if chosen.numel() else torch.zeros(1, dtype=torch.long)
+        )  # a reader of constants takes the shape
+        selected = None if one.numel() == n_held else _stored(one, call)
         template = numbers.to(call.output.dtype).to(call.output.device)
         return Rewire(name, operand, dim, len(call.out_shape), selected, _stored(at[order], call), template)
 
@@ -281,4 +284,4 @@ class Spread(Rewired):
         return value.tensor.detach().cpu()
 
     def is_unchanged(self, call: Call, found: Tensor, n_held: int, s: Tensor) -> bool:
-        return torch.equal(found, self.sources(call)) and n_held == self._index(call).numel()
+        return torch.equal(found, self.sources(call)) and n_held == max(1, self._index(call).numel())

@@ -39,12 +39,13 @@ class Case:
     model: nn.Module
     inputs: Inputs
     route: str = "symbolic"
+    ragged: bool = False
     traced: fx.GraphModule = field(init=False)
     small: fx.GraphModule = field(init=False)
 
     def __post_init__(self) -> None:
         self.traced = trace(self.model, self.inputs(2), self.route)
-        self.small = minimize(self.traced, self.inputs(2))
+        self.small = minimize(self.traced, self.inputs(2), ragged=self.ragged)
 
 
 def trace(model: nn.Module, inputs: tuple[Any, ...], route: str) -> fx.GraphModule:
@@ -150,7 +151,7 @@ def idempotent(case: Case) -> None:
     may find less of them to be enough.  Such models are no examples.
     """
     assert_varies(case)
-    again = minimize(case.small, case.inputs(2))
+    again = minimize(case.small, case.inputs(2), ragged=case.ragged)
     assert shapes(again) == shapes(case.small), f"{shapes(case.small)}, then {shapes(again)}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import srfx
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
-from srfx.nn.selection import spread
+from srfx.nn.selection import add_at, spread
 from srfx.passes import get_pass
 from srfx.passes.ragged_reads_writes import OpenPort
 from tests.helpers import assert_equivalent, check, kill, randomized, shapes
@@ -203,6 +203,42 @@ def test_heads_of_unequal_width_are_filled_up_behind_the_projections() -> None:
     kept = {"q.weight": (25, 32), "k.weight": (25, 32), "v.weight": (29, 32), "out.weight": (32, 29)}
     check(model, (torch.randn(2, 5, 32),), kept=kept, ragged=True)
     check(model, (torch.randn(2, 5, 32),), kept={"q.weight": (32, 32), "v.weight": (32, 32)})
+
+
+class ConstantQueries(nn.Module):
+    """Attention to whose queries no input comes: two heads of four lanes, all one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_reader_of_constants_alone_takes_the_shape_of_one_channel(bias: bool) -> None:
+    model = randomized(ConstantQueries())
+    kill(model.q, range(8), bias=bias)
+    x = torch.randn(2, 3, 5)
+    found = check(model, (x,), others=[(torch.randn(4, 6, 5),)], ragged=True)
+    small = found["symbolic"].small
+    if not bias:
+        assert small.get_submodule("q").weight.shape[0] == 1
+    again = minimize(small, (x.double(),), ragged=True)
+    assert shapes(again) == shapes(small)
+    exported = torch.export.export(small, (x.double(),)).module()
+    assert torch.allclose(exported(x.double()), model.double()(x.double()))
+
+
+def test_spread_and_add_at_of_no_channel() -> None:
+    x, nothing, template = torch.randn(2, 3, 1), torch.tensor([], dtype=torch.int32), torch.arange(4.0)
+    assert torch.equal(spread(x, -1, nothing, 4, template), template.expand(2, 3, 4))
+    assert torch.equal(spread(x, -1, nothing, 4), torch.zeros(2, 3, 4))
+    assert torch.equal(spread(x.transpose(1, 2), -2, nothing, 4, template), template[:, None].expand(2, 4, 3))
+    wide = torch.randn(2, 3, 4)
+    assert torch.equal(add_at(wide, -1, nothing, x), wide)
 
 
 def test_heads_with_blocks_are_refused() -> None:
