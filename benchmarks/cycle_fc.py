@@ -189,10 +189,10 @@ def squeeze(task: Task, seed: int) -> tuple[dict[str, list[Step]], dict[str, lis
     task.train(longer, LONGER_EPOCHS, LONGER_RATE)
     taught = copy.deepcopy(longer.eval())
     task.train(taught, LAST_EPOCHS, LAST_RATE, teacher=longer)
-    start = Step(0, count(dense), task.accuracy(dense), 0.0, 0.0)
+    start = Step(0, count(dense), task.accuracy(dense), 0.0)
     runs, taken = {}, {}
     for name, other in (("dense longer", longer), ("dense taught", taught.eval())):
-        runs[f"{name}, seed {seed}"] = [start, Step(0, count(other), task.accuracy(other), 0.0, 0.0)]
+        runs[f"{name}, seed {seed}"] = [start, Step(0, count(other), task.accuracy(other), 0.0)]
     for form, sizes in SIZES.items():
         runs[f"{form}, seed {seed}"], taken[form] = _curve(
             task, seed, dense, longer, [start], sizes, is_ragged=form == "ragged"
@@ -218,7 +218,7 @@ def _curve(
         if record.phase != "minimize":
             continue
         assert record.score is not None
-        steps.append(Step(record.cycle, record.n_parameters, record.score, time.monotonic() - started, 0.0))
+        steps.append(Step(record.cycle, record.n_parameters, record.score, time.monotonic() - started))
         for wanted in sizes[len(taken) :]:
             if record.ratio >= wanted:
                 taken.append(_take(task, cycle.model, wanted, steps, teacher))
@@ -257,12 +257,12 @@ def ablate(task: Task, seed: int) -> dict[str, list[Step]]:
     for penalty, options in (("group", {"penalty": growing(PENALTY)}), ("L1", {"l1": L1})):
         for release, noise in (("release", 0.05), ("no release", None)):
             dense = task.dense(seed)
-            steps = [Step(0, count(dense), task.accuracy(dense), 0.0, 0.0)]
+            steps = [Step(0, count(dense), task.accuracy(dense), 0.0)]
             started = time.monotonic()
             for record in task.cycle(dense, seed, N_ABLATION_CYCLES, noise=noise, **options):
                 if record.phase == "minimize" and record.score is not None:
                     passed = time.monotonic() - started
-                    steps.append(Step(record.cycle, record.n_parameters, record.score, passed, 0.0))
+                    steps.append(Step(record.cycle, record.n_parameters, record.score, passed))
             runs[f"{penalty}, {release}"] = steps
             print(table({f"{penalty}, {release}": steps[-1:]}, "accuracy").splitlines()[-1], flush=True)
     return runs

@@ -261,7 +261,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     dense = trained(text, work, "dense", GPT(text.n_chars), DENSE)
-    steps = [Step(0, count(dense), text.loss(dense), time.monotonic() - started, 0.0)]
+    steps = [Step(0, count(dense), text.loss(dense), time.monotonic() - started)]
     cycle = cycle_of(text, dense, work, arguments.seed)
     stop_at(cycle, arguments.smaller)
     for record in cycle:
@@ -272,17 +272,15 @@ def main() -> None:
         records = [r for r in cycle.history if r.cycle == cycle_number and r.phase != "finetune"]
         score = records[-1].score
         assert score is not None
-        steps.append(
-            Step(cycle_number, records[-1].n_parameters, score, sum(r.seconds for r in records), 0.0)
-        )
+        steps.append(Step(cycle_number, records[-1].n_parameters, score, sum(r.seconds for r in records)))
     last = cycle.history[-1]
     assert last.score is not None
-    steps.append(Step(last.cycle + 1, last.n_parameters, last.score, last.seconds, 0.0))
+    steps.append(Step(last.cycle + 1, last.n_parameters, last.score, last.seconds))
     runs = {"cycles": steps}
     report(runs, arguments, dense, cycle)
     torch.manual_seed(arguments.seed)
     longer = trained(text, work, "longer", copy.deepcopy(dense), LAST)
-    runs["dense, trained longer"] = [steps[0], Step(1, count(longer), text.loss(longer), 0.0, 0.0)]
+    runs["dense, trained longer"] = [steps[0], Step(1, count(longer), text.loss(longer), 0.0)]
     report(runs, arguments, dense, cycle)
 
 

@@ -29,7 +29,7 @@ class Step:
     n_parameters: int
     score: float  # accuracy, or loss
     seconds: float
-    difference: float  # of the outputs before and after minimize, relative to the largest
+    difference: float | None = None  # of the outputs before and after minimize, relative to the largest
 
 
 def count(model: nn.Module) -> int:
