@@ -8,7 +8,7 @@ Each tool has a process of its own for each model, so a crash is a row, not an e
 the result lies within 1e-9 of the masked model's, relative to its largest entry, in float64 (1e-4 for the tools that
 only know float32). The exact results then race in one process: medians of forward passes taken in turn at batch 2 on
 one thread, beside the masked model and a dense network built at the widths of ours. Times are CPU times.
-Tools that are not installed are left out: pip install torch-simplify torch-pruning openvino nni.
+Tools that are not installed are left out: pip install -e ".[bench,peers,report]".
 """
 
 from __future__ import annotations
