@@ -120,7 +120,18 @@ def executed(facts: FactTable, sites: list[Site]) -> list[Value]:
         if value in seen:
             continue
         seen[value] = None
-        site = by_node.get(value) if isinstance(value, fx.Node) else None
+        if not isinstance(value, fx.Node):
+            continue
+        site = by_node.get(value)
         if site is not None:
             stack += site.rule.reads(site.call, facts)
+        stack += [
+            n for n in value.all_input_nodes if _is_size(facts, n)
+        ]  # and so the tensor whose size it is
     return list(seen)
+
+
+def _is_size(facts: FactTable, node: fx.Node) -> bool:
+    """Whether a node is a number, or several, that sizes at run time decide."""
+    is_number = isinstance(facts.program.hints.get(node), (int, float, torch.SymInt, torch.Size))
+    return is_number and node not in facts.labeller.static

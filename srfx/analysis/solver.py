@@ -138,16 +138,18 @@ def _choose_carriers(facts: FactTable, found: list[Site]) -> bool:
     kept may make further readers live, and these meet further constants (theory: Lemma V3).
     """
     wanted: dict[Any, Tensor] = {}
+    axes: dict[Any, int] = {}
     for site in found:
         if isinstance(site.rule, Contraction):
             border = site.rule.border_constants(site.call, facts)
             if border is not None:
                 x = site.rule.x(site.call)
+                axes[x] = site.rule.channel_axis(site.call)
                 wanted[x] = wanted[x] | border if x in wanted else border
     again = False
     for x, border in wanted.items():
-        axis = next(iter(facts.fields(x)), None)
-        if axis is None or x in facts.carriers:
+        axis = axes[x]
+        if axis not in facts.fields(x) or x in facts.carriers:
             continue
         again = True
         size = facts.constancy(x).value.abs().flatten().cpu()

@@ -380,6 +380,8 @@ class ContractionFacts(OpRule):
     def _carrier(self, call: Call, facts: FactTable, border: Tensor) -> Tensor:
         """The one channel that carries the operand's constants; not chosen yet in the first phase."""
         chosen = facts.carriers.get(self.x(call))
+        if self.channel_axis(call) not in facts.fields(self.x(call)):
+            return border  # they stay in any case
         marked = torch.zeros_like(border)
         if chosen is not None:
             marked[..., chosen] = True

@@ -324,3 +324,10 @@ def test_constants_that_stay_make_no_bias() -> None:
     assert relative_error(model(x), small(x)) < 1e-9
     assert small.get_submodule("up").bias is None
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_a_constant_without_a_channel_of_its_own_meets_a_border() -> None:
+    """PReLU with one slope: its result of one channel carries no label, so that the constant stays where it is."""
+    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.PReLU(), nn.Conv2d(1, 4, 3, padding=1))
+    kill(randomized(model)[0], [0])
+    check(model, (torch.randn(2, 3, 5, 5),), others=[(torch.randn(1, 3, 4, 7),)], idempotent=False)

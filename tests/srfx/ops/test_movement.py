@@ -250,8 +250,8 @@ def test_a_view_of_a_block_revives_to_equal_counts() -> None:
     check(model, (X,), others=[OTHER])
 
 
-@pytest.mark.parametrize("dead", [[0, 1, 2, 3, 4, 5], [1, 2, 4, 5], [0, 3]])
-def test_a_view_of_copies_has_as_many_rows_as_its_lanes_ask_for(dead: list[int]) -> None:
+@pytest.mark.parametrize(("dead", "n_kept"), [([0, 1, 2, 3, 4, 5], 1), ([1, 2, 4, 5], 2), ([0, 3], 4)])
+def test_a_view_of_copies_has_as_many_rows_as_its_lanes_ask_for(dead: list[int], n_kept: int) -> None:
     """Six channels, twice, as four rows of three: rows 0 and 2 are one row, and a lane of it keeps both."""
 
     def twice(x: Tensor) -> Tensor:
@@ -260,4 +260,21 @@ def test_a_view_of_copies_has_as_many_rows_as_its_lanes_ask_for(dead: list[int])
 
     model = randomized(Sandwich(nn.Conv2d(3, 6, 1, bias=False), twice, nn.Identity()))
     kill(model.front, dead)
-    check(model, (X,), others=[OTHER], kept={"front.weight": (2 if len(dead) > 2 else 4, 3, 1, 1)})
+    check(model, (X,), others=[OTHER], kept={"front.weight": (n_kept, 3, 1, 1)})
+
+
+def test_what_only_lends_its_batch_keeps_a_channel() -> None:
+    """A norm whose result is read by nothing but ``shape[0]`` still runs, and so it has a width."""
+
+    class Lent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.norm = nn.RNNCell(3, 6), nn.LayerNorm(6)
+            self.token, self.back = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.cell(x))
+            return self.back(self.token.repeat(y.shape[0], 1))
+
+    model = randomized(Lent())
+    check(model, (torch.randn(2, 3),), others=[(torch.randn(5, 3),)], idempotent=False)
