@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from srfx.ir.attrs import get_attr
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.nn.selection import add_at, spread
@@ -47,7 +48,11 @@ class FuseSpreads(Pass):
         self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        sums = [n for n in gm.graph.nodes if n.target in _ADDITIONS and any(map(_is_bare, n.all_input_nodes))]
+        sums = [
+            n
+            for n in gm.graph.nodes
+            if n.target in _ADDITIONS and any(_is_bare(gm, m) for m in n.all_input_nodes)
+        ]
         if not sums:
             return Plan()
         values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
@@ -58,7 +63,7 @@ class FuseSpreads(Pass):
             a, b = node.args
             assert isinstance(a, fx.Node)
             assert isinstance(b, fx.Node)
-            narrow, wide = (b, a) if _is_bare(b) else (a, b)
+            narrow, wide = (b, a) if _is_bare(gm, b) else (a, b)
             if a is not b and _alike(values[wide], values[node]) and _alike(values[narrow], values[node]):
                 edits.append(FuseSpread(node.name, wide.name, narrow.name))
         return Plan(edits)
@@ -73,10 +78,13 @@ class FuseSpreads(Pass):
         gm.graph.erase_node(narrow)
 
 
-def _is_bare(node: fx.Node) -> bool:
-    """A spread among zeros that one node reads."""
+def _is_bare(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """A spread of some channels among zeros that one node reads."""
     is_plain = not node.kwargs and (len(node.args) < 5 or node.args[4] is None)
-    return node.target is spread and len(node.users) == 1 and is_plain
+    if node.target is not spread or len(node.users) != 1 or not is_plain:
+        return False
+    index = node.args[2]
+    return not isinstance(index, fx.Node) or get_attr(gm, str(index.target)).numel() > 0
 
 
 def _alike(a: Any, b: Any) -> bool:

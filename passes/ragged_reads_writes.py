@@ -62,7 +62,8 @@ class RaggedReadsWrites(Pass):
     After a run ``predicted_s`` says how many seconds all ports together are predicted to save for the hints (only
     with ``machine``).
 
-    Refuses: GROWS where a port costs more than it saves; BLOCK_COUNT where heads keep different channels.
+    Refuses: GROWS where a port costs more than it saves; BLOCK_COUNT where heads keep different channels;
+    MUTATION where the operand is written in place.
     """
 
     takes_hints = True
@@ -90,7 +91,11 @@ class RaggedReadsWrites(Pass):
         found = Plan()
         ports = _candidates(facts, sites, found)
         while ports:
-            judged = self._judge(gm, values, ports)
+            judged, refused = self._judge(gm, values, ports)
+            if refused:
+                found.refusals += refused.values()
+                ports = [e for e in ports if e not in refused]
+                continue
             wasted = [e for e, (cut, gain) in judged.items() if not cut.is_trivial and gain <= 0]
             found.refusals += [_refusal(e, judged[e][0]) for e in wasted]
             ports = [e for e in ports if e not in wasted]
@@ -101,13 +106,17 @@ class RaggedReadsWrites(Pass):
 
     def _judge(
         self, gm: fx.GraphModule, values: dict[fx.Node, Any], edits: list[OpenPort]
-    ) -> dict[OpenPort, tuple[Cut, float]]:
-        """Both sides of each port when all of them are open, and what it gains."""
+    ) -> tuple[dict[OpenPort, tuple[Cut, float]], dict[OpenPort, Refusal]]:
+        """Both sides of each port when all of them are open, and what it gains; or those that cannot be open so."""
         trial = fx.GraphModule(gm, clone_graph(gm.graph))
         opened = {open_port(trial, e): e for e in edits}
         by_name = {n.name: v for n, v in values.items()}
         hints = {n: by_name[opened[n].operand if n in opened else n.name] for n in trial.graph.nodes}
         facts, sites = analyse(trial, hints, self.multiple_of)
+        refused = {e: _refusal_beside(facts, node, e) for node, e in opened.items()}
+        blocked = {e: refusal for e, refusal in refused.items() if refusal is not None}
+        if blocked:
+            return {}, blocked
         facts.ranks = channel_ranks(facts, sites)
         cuts = [cut_at(facts, node, e.axis) for node, e in opened.items()]
         if self.machine is None:
@@ -119,7 +128,7 @@ class RaggedReadsWrites(Pass):
             spent = [port_seconds(facts, c, self.machine, shapes) for c in cuts]
             self.predicted_s = sum(saved) - sum(spent)
             spent = [MARGIN * s for s in spent]
-        return {e: (c, s - t) for e, c, s, t in zip(edits, cuts, saved, spent, strict=True)}
+        return {e: (c, s - t) for e, c, s, t in zip(edits, cuts, saved, spent, strict=True)}, {}
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
         assert isinstance(edit, OpenPort)
@@ -158,6 +167,17 @@ def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
     if axis in fields and fields[axis].numel() != fields[axis].shape[axis]:
         return False
     return all(f.shape[axis] == 1 for a, f in fields.items() if a != axis)
+
+
+def _refusal_beside(facts: FactTable, node: fx.Node, edit: OpenPort) -> Refusal | None:
+    """Why a port cannot be open beside the others: it is followed no more, or its operand has several vectors then."""
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    if edit.axis not in facts.fields(node):
+        return Refusal(edit.node, Reason.MUTATION, f"{edit.operand} is written in place")
+    if not _is_one_vector(facts, operand, edit.axis):
+        return Refusal(edit.node, Reason.BLOCK_COUNT, f"{edit.operand} has blocks behind another port")
+    return None
 
 
 def _refusal(edit: OpenPort, cut: Cut) -> Refusal:

@@ -122,12 +122,15 @@ def _all_fields(facts: FactTable) -> Iterator[Fields]:
 def _fixed(facts: FactTable, sites: Sequence[Site]) -> Iterator[Tensor]:
     """Labels of channels whose place matters.
 
-    They are pinned, in heads, selected by number, an output's, taken of a value that no weight numbers, or met by an op
+    They are pinned, in heads or of heads, selected by number, an output's, taken of a value that no weight numbers, or met by an op
     that does not treat all positions alike (a literal tensor too).
     """
     program, table = facts.program, facts.labeller.table
     yield from (pin.labels for pin in table.pins)
-    yield from (block.rows for block in table.blocks if block.rows.shape[0] > 1)
+    for block in table.blocks:
+        if block.rows.shape[0] > 1:
+            yield block.rows
+            yield block.guards  # a row of another number would have to take its lanes along
     for required in facts.labeller.required.values():
         yield from required
     for node in program.gm.graph.output_node().all_input_nodes:

@@ -112,8 +112,6 @@ def add_at(x: Tensor, dim: int, index: Tensor | int, y: Tensor) -> Tensor:
         return traced
     if isinstance(index, int):
         return x + _padded(y, dim, index, x.shape[dim])
-    if index.numel() == 0:
-        return x.clone()
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return x + _gathered(y, dim, index, x.shape[dim], None)
     return torch.index_add(x, dim, index.long(), y)

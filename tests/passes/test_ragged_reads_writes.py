@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 import srfx
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
-from srfx.nn.selection import add_at, spread
+from srfx.nn.selection import spread
 from srfx.passes import get_pass
 from srfx.passes.ragged_reads_writes import OpenPort
-from tests.helpers import assert_equivalent, check, kill, randomized, shapes
+from tests.helpers import assert_equivalent, check, kill, randomized, relative_error, shapes
 
 
 class TwoReaders(nn.Module):
@@ -232,13 +232,67 @@ def test_a_reader_of_constants_alone_takes_the_shape_of_one_channel(bias: bool) 
     assert torch.allclose(exported(x.double()), model.double()(x.double()))
 
 
-def test_spread_and_add_at_of_no_channel() -> None:
+def test_rows_of_a_view_keep_the_order_of_its_lanes() -> None:
+    """Channels in pairs: the pairs are numbered by the view, so that no order of theirs is free."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Linear(5, 12), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.front(x).unflatten(1, (-1, 2)).unbind(2)
+            return self.back(torch.nn.functional.hardtanh(a + torch.tanh(b)))
+
+    model = randomized(Pairs())
+    kill(model.front, [0, 2, 3, 4, 7])
+    check(model, (torch.randn(4, 5),), ragged=True)
+
+
+def test_an_operand_that_is_written_in_place_is_refused() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sigmoid(self.front(x))
+            y.narrow(1, 1, 1).add_(1)
+            return self.back(y.unsqueeze(1).flatten(1))
+
+    model = randomized(Written())
+    kill(model.back, columns=range(6))
+    x = torch.randn(4, 5).double()
+    small = minimize(model.double(), x, ragged=True)
+    assert relative_error(model(x), small(x)) < 1e-9
+    assert any(
+        r.reason == "MUTATION" and "is written in place" in r.detail for r in srfx.plan(small).refusals
+    )
+
+
+def test_a_port_behind_another_that_would_make_blocks_is_refused() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.front(x).reshape(-1, 12).reshape(-1, 2, 6)
+            return y * (1 - y)
+
+    model = randomized(Rows())
+    kill(model.front, [0])
+    x = torch.randn(2, 4, 5)
+    check(model, (x,), others=[(torch.randn(3, 4, 5),)], ragged=True)
+    refused = srfx.plan(minimize(model, x.double(), ragged=True)).refusals
+    assert any(r.reason == "BLOCK_COUNT" and "behind another port" in r.detail for r in refused)
+
+
+def test_spread_of_no_channel() -> None:
     x, nothing, template = torch.randn(2, 3, 1), torch.tensor([], dtype=torch.int32), torch.arange(4.0)
     assert torch.equal(spread(x, -1, nothing, 4, template), template.expand(2, 3, 4))
     assert torch.equal(spread(x, -1, nothing, 4), torch.zeros(2, 3, 4))
     assert torch.equal(spread(x.transpose(1, 2), -2, nothing, 4, template), template[:, None].expand(2, 4, 3))
-    wide = torch.randn(2, 3, 4)
-    assert torch.equal(add_at(wide, -1, nothing, x), wide)
 
 
 def test_heads_with_blocks_are_refused() -> None:
