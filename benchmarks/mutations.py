@@ -26,7 +26,7 @@ LATTICE = (
     OPS + "movement.py",
     "tests/test_holes.py",
 )
-SPATIAL = (OPS + "spatial.py", "tests/test_holes.py")
+SPATIAL = ("tests/srfx/test_reasons.py", OPS + "spatial.py", "tests/test_holes.py")
 GENERAL = ("tests/srfx/test_minimize.py", "tests/test_holes.py", OPS + "contraction.py")
 
 MUTATIONS = (
@@ -62,13 +62,13 @@ MUTATIONS = (
              "if bool(facts.constancy(value).varies.cpu().all()):", ELEMENTWISE),
     # reductions, spatial ops, lookups
     Mutation("srfx/ops/reduction.py", "scale = facts.count(fields, axis) / shape[axis] if self.divides else 1.0", "scale = 1.0",
-             (OPS + "reduction.py", OPS + "contraction.py", *GENERAL)),
+             (OPS + "reduction.py", OPS + "contraction.py")),
     Mutation("srfx/ops/reduction.py", "return live & (~absorbed.cpu() | facts.kept_channels(source))",
-             "return live & ~absorbed.cpu()", ("tests/test_holes.py", *GENERAL, OPS + "norm.py")),
+             "return live & ~absorbed.cpu()", (OPS + "reduction.py", "tests/test_holes.py")),
     Mutation("srfx/ops/reduction.py", "gone = ~facts.is_kept(fields[axis]) & ~c.varies", "gone = ~c.varies",
-             ("tests/test_holes.py", *GENERAL, OPS + "norm.py")),
+             (OPS + "reduction.py", "tests/test_holes.py")),
     Mutation("srfx/ops/reduction.py", "labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])", "pass",
-             (OPS + "elementwise.py", OPS + "attention.py", "tests/test_holes.py", *GENERAL)),
+             ("tests/srfx/test_reasons.py", OPS + "elementwise.py")),
     Mutation("srfx/ops/spatial.py", "return _zero(call.get(\"padding\", 0)) or not call.get(\"count_include_pad\", True)",
              "return True", SPATIAL),
     Mutation("srfx/ops/spatial.py", "        labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, spatial)\n", "", SPATIAL),

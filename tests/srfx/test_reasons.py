@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,34 @@ def test_a_table_stays_whole_and_its_readers_pick_from_it() -> None:
     assert Reason.CONSTANT_TABLE.name in _pins(model, torch.randn(4, 5))
     small = srfx.minimize(model, (torch.randn(4, 5),))
     assert small.get_parameter("front.weight").shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("softmax", lambda y: torch.softmax(y, -1)),
+        ("cumsum", lambda y: torch.cumsum(y, 2)),
+        ("avg_pool1d", lambda y: torch.nn.functional.avg_pool1d(y, 3, 1, 1)),
+        ("amax", lambda y: y - y.amax(-1, keepdim=True)),
+    ],
+)
+def test_an_axis_whose_channels_an_op_mixes_is_pinned_there(
+    name: str, op: Callable[[Tensor], Tensor]
+) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Linear(5, 6), nn.Linear(6, 2)
+            randomized(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(op(self.front(x)))
+
+    model = Mixed()
+    kill(model.front, rows=[1, 4])
+    x = torch.randn(2, 3, 5)
+    assert _pins(model, x)[Reason.CHANNEL_MIXING.name] == {name}
+    assert srfx.minimize(model, (x,)).get_parameter("front.weight").shape == (6, 5)
 
 
 @pytest.mark.parametrize("groups", [2, 4])

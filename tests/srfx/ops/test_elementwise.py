@@ -564,3 +564,46 @@ def test_padding_with_a_number_known_at_run_time() -> None:
     model = sandwich(lambda x: F.pad(x, (1, 1, 1, 1), value=x.size(0)))
     found = check(model, (X,), others=[OTHER], routes=["symbolic"])
     assert tuple(found["symbolic"].small.get_submodule("back").weight.shape) == (4, 8, 1, 1)
+
+
+class Shifted(nn.Module):
+    """Rows without a weight whose bias a parameter takes away: 0 in the model, the parameter itself where rows are blank."""
+
+    def __init__(self, dead: list[int]) -> None:
+        super().__init__()
+        self.front = randomized(nn.Linear(5, 6))
+        kill(self.front, dead)
+        self.shift = nn.Parameter(-self.front.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.front(x) + self.shift
+
+
+def test_of_two_zeros_that_are_multiplied_one_stays_a_zero() -> None:
+    """Softmax keeps the product's channels, though nothing of either factor varies there."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.back = Shifted([1, 2]), Shifted([2, 3]), randomized(nn.Linear(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(torch.softmax(self.a(x) * self.b(x), -1))
+
+    check(Products(), (torch.randn(4, 5),), kept={"back.weight": (3, 6)}, idempotent=False)
+
+
+@pytest.mark.parametrize("op", [lambda a, b: a - b, torch.sub, lambda a, b: torch.rsub(b, a)])
+def test_what_is_taken_from_zero_is_not_left_as_it_is(op: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.back = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+            randomized(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(op(self.a(x), self.b(x)))
+
+    model = Difference()
+    kill(model.a, range(6), bias=True)
+    check(model, (torch.randn(4, 5),), kept={"b.weight": (6, 5), "back.weight": (3, 6)})

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import srfx
 from srfx.ir.plan import Reason
-from tests.helpers import check, kill, randomized
+from tests.helpers import check, kill, randomized, relative_error
 
 X = (torch.randn(2, 3, 5, 4),)
 
@@ -85,3 +86,26 @@ class Total(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True) if self.divides else x.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("reduce", [lambda x: x.mean(-1, keepdim=True), lambda x: x.sum(-1, keepdim=True)])
+def test_a_constant_that_stays_for_the_count_is_summed_once(reduce: Callable[[Tensor], Tensor]) -> None:
+    """Eight channels, three of them constants, and a multiple of eight: all stay, and none is added a second time."""
+    model = randomized(nn.Sequential(nn.Linear(5, 8), nn.ReLU()))
+    kill(model[0], [0, 3, 7])
+    model[0].bias.data.abs_()
+
+    class Reduced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = model, randomized(nn.Linear(1, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(reduce(self.front(x)))
+
+    x = torch.randn(4, 5).double()
+    whole = Reduced().double()
+    for multiple, n in ((8, 8), (7, 7), (1, 5)):
+        small = srfx.minimize(whole, x, multiple_of=multiple)
+        assert small.get_parameter("front.0.weight").shape == (n, 5)
+        assert relative_error(whole(x), small(x)) < 1e-9
