@@ -103,7 +103,39 @@ def same_function(case: Case) -> None:
                 if n == 2:
                     raise Skip("the traced model does not run") from error
                 continue
-        _compare(wanted, run(case.small, given), f"batch of {n}")
+        found = run(case.small, given)
+        if _differ_in_numbers(wanted, found) and not _is_steady(case.traced, given):
+            raise Skip("an integer output hangs on rounding")
+        _compare(wanted, found, f"batch of {n}")
+
+
+def _differ_in_numbers(wanted: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether an output of integers, of the right shape, is another one."""
+    pairs = [
+        (a, b) for a, b in zip(wanted, found, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)
+    ]
+    return any(not a.is_floating_point() and a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
+
+
+class _Shaken(fx.Interpreter):
+    """Every number that is computed is a little off, as another order of summation may have it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run, and shake."""
+        value = super().run_node(n)
+        if n.op.startswith("call") and isinstance(value, Tensor) and value.is_floating_point():
+            return value * (1 + 1e-12 * torch.randn_like(value))
+        return value
+
+
+def _is_steady(traced: fx.GraphModule, given: tuple[Any, ...]) -> bool:
+    """Whether no output of integers (the largest of some, what is above zero) changes when all numbers are a little off."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        runs = [
+            pytree.tree_leaves(_Shaken(copy.deepcopy(traced)).run(*copy.deepcopy(given))) for _ in range(4)
+        ]
+    return not any(_differ_in_numbers(runs[0], other) for other in runs[1:])
 
 
 def _compare(wanted: Sequence[Any], found: Sequence[Any], what: str) -> None:

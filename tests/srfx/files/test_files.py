@@ -262,6 +262,10 @@ def test_classes_that_a_file_may_not_name(file: Path, name: str) -> None:
         lambda d: d["module"]["graph"]["nodes"][1].__setitem__("kwargs", {"x=1, y": 1}),
         lambda d: d["module"]["graph"]["nodes"][1].__setitem__("args", [{"node": "output"}]),
         lambda d: d["module"]["graph"]["nodes"].pop(0),
+        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("op", "call_nobody"),
+        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", 5),
+        lambda d: d["module"]["graph"]["nodes"][2].__setitem__("name", d["module"]["graph"]["nodes"][1]["name"]),
+        lambda d: d.__setitem__("module", d["module"]["children"]["0"]),
         lambda d: d["record"].__setitem__("more", 1),
         lambda d: d["record"]["plan"].__setitem__("version", 9),
     ],
@@ -383,6 +387,9 @@ def test_own_modules_and_hooks_come_from_the_original(tmp_path: Path) -> None:
     assert torch.equal(back(X), small(X))
     assert back.own is not fresh.own
     assert back.own.inner.weight is not fresh.own.inner.weight
+    fresh.own = nn.Sequential()  # torch.fx traces into it, so that no module is there
+    with pytest.raises(FileError, match=r"has no module 'own', which is a .*Own.*: is it the original\?"):
+        srfx.load(path, lambda: traced(fresh))
 
 
 def test_hooks_alone_need_the_original(tmp_path: Path) -> None:
