@@ -19,6 +19,7 @@ from srfx.lattice.classes import Classes
 from srfx.lattice.movement import Fields
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import Demand, FactTable, collapse
+from srfx.ops.recurrent import Recurrent
 from srfx.ops.rule import Effect
 
 READ = "READ"
@@ -190,8 +191,10 @@ class Explainer:
         return torch.zeros((1,) * (hint.dim() if isinstance(hint, Tensor) else 0), dtype=torch.bool)
 
     def _note_special(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
-        """Constants that a contraction cannot absorb: its bias is not its own, or they meet zero padding."""
+        """Constants that a layer cannot absorb: its bias is not its own, or none, or they meet zero padding."""
         rule, call, facts = site.rule, site.call, self.facts
+        if isinstance(rule, Recurrent) and rule.refused(call) is None:
+            self._note_recurrent(site, demand, found)
         if not isinstance(rule, Contraction) or rule.refused(call) is not None:
             return
         x = rule.x(call)
@@ -205,6 +208,17 @@ class Explainer:
         elif rule.has_border(call):
             for label in self._labels(x, still & facts.constancy(x).nonzero().cpu()):
                 _note(found, label, 0, Why(Reason.BORDER.name, site.node.name, detail))
+
+    def _note_recurrent(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
+        assert isinstance(site.rule, Recurrent)
+        o = site.rule.known(site.call)
+        if o.x not in demand:
+            return
+        reason = Reason.GROWS if site.rule.is_private(o) else Reason.SHARED_WEIGHT
+        detail = f"{_op(site)} has no bias to take constants of {_name(o.x)} in"
+        still = demand[o.x] & ~self.facts.constancy(o.x).varies.cpu()
+        for label in self._labels(o.x, still):
+            _note(found, label, 0, Why(reason.name, site.node.name, detail))
 
     def _labels(self, value: Value | tuple[fx.Node, int], live: Tensor) -> list[int]:
         """Classes of the live elements of a value."""

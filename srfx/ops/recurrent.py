@@ -211,6 +211,10 @@ class Recurrent(RecurrentCall):
         o = self.known(call)
         found = self.solve(call, facts, o, live)
         demand: Demand = {o.x: _along_last(found.reads_x, len(call.shape(o.x)))}
+        if self.is_private(o) and bool(
+            (found.reads_x & ~self.constancy(facts, o.x, found.reads_x.numel())[0]).any()
+        ):
+            facts.refuse(call.node, Reason.GROWS, "constants would need biases, of which the layer has none")
         for name, value in o.states:
             wanted = found.reads_h if name == "h" else found.live.cells
             wanted = _along_last(wanted, len(call.shape(value)))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from srfx.ir.attrs import get_attr
 from srfx.ir.double import float64_default, float64_mode, to_double, writes_dtypes
 from srfx.ir.generate import Spec, generate
 from srfx.lattice.movement import Shape
@@ -40,6 +41,8 @@ class Observer:
         hints: one value for each placeholder; tensors with values are used, others stand for their shape.
         seed: of weights and inputs.
         is_aliased: whether values of the graph are written in place: then everything counts as read.
+        inner: names of weights whose columns a layer multiplies by states of its own (W_hh of a recurrent layer):
+            ``columns`` says which of them ever mattered.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Observer:
         hints: Sequence[Any],
         seed: int = 0,
         is_aliased: bool = False,
+        inner: Sequence[str] = (),
     ) -> None:
         self.layouts = layouts
         self.is_aliased = is_aliased
@@ -56,6 +60,8 @@ class Observer:
         self.read = {n: torch.full(s, is_aliased, dtype=torch.bool) for n, s in layouts.items()}
         self.n_draws = 0
         self._resampler = Resampler(gm, seed)
+        self._inner = {name: get_attr(self._resampler.copy, name).requires_grad_() for name in inner}
+        self.columns = {n: torch.zeros(w.shape[1], dtype=torch.bool) for n, w in self._inner.items()}
         self._seed = seed
         self._mode = float64_mode if writes_dtypes(gm) else float64_default
         self._specs = [pytree.tree_map_only(Tensor, _spec, h) for h in hints]
@@ -81,6 +87,7 @@ class Observer:
                 low[name] = torch.minimum(low[name], least) if name in low else least
                 high[name] = torch.maximum(high[name], most) if name in high else most
             watcher.backward(outputs, self._generator(i, k))
+            self._note_columns()
         if not runs:
             return False
         for name in low:
@@ -93,6 +100,16 @@ class Observer:
         self.n_draws += 1
         self._good.append(i)
         return True
+
+    def _note_columns(self) -> None:
+        """A column matters where an entry that is not 0 has a gradient; without gradients all may."""
+        for name, weight in self._inner.items():
+            if weight.grad is None:
+                self.columns[name] |= self.is_aliased
+                continue
+            share = (weight.detach() * weight.grad).abs().amax(0)
+            self.columns[name] |= share > 1e-10 * weight.grad.abs().max()
+            weight.grad = None
 
     def _inputs(self, i: int) -> list[list[Any]]:
         found = [self._examples] if self._examples is not None else []

@@ -30,6 +30,7 @@ from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.lattice.movement import Fields
 from srfx.minimize import canonicalise
 from srfx.ops.facts import FactTable, collapse
+from srfx.ops.recurrent import Recurrent
 from srfx.testing.observe import Observer
 
 
@@ -205,18 +206,19 @@ def examine(
     watched = _watched(facts)
     gm = facts.program.gm
     layouts = {node.name: facts.layout(node) for node in watched}
-    observer = Observer(gm, layouts, hints, seed, bool(mutation_barriers(gm)))
+    inner = {name: labels for site in sites for name, labels in _inner_columns(facts, site)}
+    observer = Observer(gm, layouts, hints, seed, bool(mutation_barriers(gm)), list(inner))
     flowing = _flowing(facts, watched)
     draw = 0
     while draw < n_draws or (
-        draw < max_draws and bool((_removable(facts, watched, observer, flowing) & facts.kept).any())
+        draw < max_draws and bool((_removable(facts, watched, observer, flowing, inner) & facts.kept).any())
     ):
         observer.draw(draw)
         draw += 1
     if observer.n_draws:
         observer.confirm()
-    unneeded = _unneeded(facts, watched, observer, flowing)
-    removable = _removable(facts, watched, observer, flowing)
+    unneeded = _unneeded(facts, watched, observer, flowing, inner)
+    removable = _removable(facts, watched, observer, flowing, inner)
     left = (removable & facts.kept).nonzero().flatten().tolist()
     return Probe(
         tuple(_value_probes(watched, observer)),
@@ -265,8 +267,21 @@ def _flowing(facts: FactTable, watched: dict[fx.Node, Fields]) -> Tensor:
     return found
 
 
+def _inner_columns(facts: FactTable, site: Site) -> list[tuple[str, Tensor]]:
+    """Weights of a recurrent layer that read its own states, and the labels of their columns."""
+    if not isinstance(site.rule, Recurrent) or site.rule.refused(site.call) is not None:
+        return []
+    weights = site.rule.known(site.call).weights
+    read = [weights[name] for name in ("weight_hh", "weight_hr") if name in weights]
+    return [(w.names[0], facts.labeller.of(w)[1].flatten()) for w in read]
+
+
 def _unneeded(
-    facts: FactTable, watched: dict[fx.Node, Fields], observer: Observer, flowing: Tensor
+    facts: FactTable,
+    watched: dict[fx.Node, Fields],
+    observer: Observer,
+    flowing: Tensor,
+    inner: Mapping[str, Tensor],
 ) -> Tensor:
     """Flowing classes none of whose elements both varies and is read; none before anything was learnt."""
     if not observer.n_draws:
@@ -275,17 +290,23 @@ def _unneeded(
     for node, fields in watched.items():
         needed = observer.varies[node.name] & observer.read[node.name]
         found[classes_of(fields, needed, facts.classes)] = False
+    for name, labels in inner.items():
+        found[facts.classes.representative[labels[observer.columns[name]]]] = False
     return found
 
 
 def _removable(
-    facts: FactTable, watched: dict[fx.Node, Fields], observer: Observer, flowing: Tensor
+    facts: FactTable,
+    watched: dict[fx.Node, Fields],
+    observer: Observer,
+    flowing: Tensor,
+    inner: Mapping[str, Tensor],
 ) -> Tensor:
     """Classes that are not needed, without those that rectangular tensors need beside those that are.
 
     Where equal counts leave a choice, what the analysis keeps is chosen: only what it keeps beyond is removable.
     """
-    unneeded = _unneeded(facts, watched, observer, flowing)
+    unneeded = _unneeded(facts, watched, observer, flowing, inner)
     nothing = torch.zeros_like(facts.classes.pinned)
     nothing[0] = True
     shapes = dataclasses.replace(facts.classes, pinned=nothing)

@@ -227,7 +227,9 @@ def test_without_biases_only_zeros_of_the_operand_leave(name: str) -> None:
     rest(model.layer, [2])
     unread(model.layer, model.back, [5])
     dead_inputs(model)
-    check(model, (x(),), kept={"back.weight": (2, H - 2), "front.weight": (C - 2, 6)}, routes=FAST)
+    found = check(model, (x(),), kept={"back.weight": (2, H - 2), "front.weight": (C - 2, 6)}, routes=FAST)
+    refused = srfx.plan(found["symbolic"].small).refusals
+    assert any(r.reason == "GROWS" and "biases, of which the layer has none" in r.detail for r in refused)
 
 
 @pytest.mark.parametrize("name", LAYERS)

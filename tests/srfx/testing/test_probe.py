@@ -304,3 +304,36 @@ def test_it_prints_and_goes_to_json() -> None:
 
 def test_every_reason_has_words() -> None:
     assert not set(MEANINGS) & set(Reason.__members__)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"bias": False}], ids=str
+)
+def test_units_of_recurrent_layers(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """A unit that only the layer itself reads is read; one that nothing reads, or that stays at rest, goes."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.layer = nn.Linear(3, 4), kind(4, 5, **options)
+            self.back = nn.Linear(10 if options.get("bidirectional") else 5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.layer(self.front(x))[0])
+
+    model = randomized(Net())
+    kill(model.front, [1])
+    with torch.no_grad():
+        model.back.weight[:, [0, 1]] = 0  # unit 0 is read by others through W_hh, unit 1 by nobody
+        for name, p in model.layer.named_parameters():
+            if name.startswith("weight_hh_l0"):
+                p[:, 1] = 0
+            if name.endswith("l0"):
+                p.view(-1, 5, *p.shape[1:])[:, 2] = 0  # unit 2 stays at rest
+            if name.startswith("weight_ih_l1"):
+                p[:, 1] = 0
+    found = probe(model, torch.randn(6, 2, 3))
+    assert found.n_removable >= 2
+    assert {left.reason for left in found.leftovers} <= {"GROWS"}
+    assert bool(found.leftovers) == (options == {"bias": False})
