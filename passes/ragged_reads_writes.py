@@ -46,6 +46,7 @@ class OpenPort(Edit):
     operand: str = ""
     axis: int = 0
     absorbs: bool = False
+    is_bound: bool = False
 
 
 @register_pass("ragged-reads-writes")
@@ -140,8 +141,9 @@ def open_port(gm: fx.GraphModule, edit: OpenPort) -> fx.Node:
     nodes = {n.name: n for n in gm.graph.nodes}
     reader, operand = nodes[edit.node], nodes[edit.operand]
     name = f"{reader.name}_{operand.name}_port"
+    args = (operand, edit.axis, edit.absorbs, edit.is_bound)
     with gm.graph.inserting_before(reader):
-        node = gm.graph.create_node("call_function", port, (operand, edit.axis, edit.absorbs), {}, name)
+        node = gm.graph.create_node("call_function", port, args, {}, name)
     reader.replace_input_with(operand, node)
     return node
 
@@ -150,13 +152,13 @@ def _candidates(facts: FactTable, sites: list[Site], plan: Plan) -> list[OpenPor
     """A port for every operand whose reader may select, where its channels form one vector."""
     found: dict[tuple[str, str], OpenPort] = {}
     for site in sites:
-        for p in site.rule.ports(site.call, facts.labeller):
+        for p in site.rule.ports(site.call, facts):
             if not _is_one_vector(facts, p.operand, p.axis):
                 plan.refusals.append(
                     Refusal(site.node.name, Reason.BLOCK_COUNT, f"{p.operand.name} has blocks")
                 )
                 continue
-            edit = OpenPort(site.node.name, p.operand.name, p.axis, p.absorbs)
+            edit = OpenPort(site.node.name, p.operand.name, p.axis, p.absorbs, p.is_bound)
             found.setdefault((edit.node, edit.operand), edit)
     return list(found.values())
 

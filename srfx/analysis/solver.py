@@ -126,6 +126,10 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
                 site.rule.choose_shift(site.call, facts, gone)
             for reader, part in readers.get(site.node, ()):
                 assert isinstance(reader.rule, Contraction)
+                if reader.rule.is_bound(reader.call) and not reader.rule.pays(reader.call, facts, part):
+                    facts.declined.add(reader.node)
+                    again = True
+                    continue
                 names |= reader.rule.statistics(reader.call, facts, part)
             again = site.rule.place(site.call, facts, names, gone) or again
     return again

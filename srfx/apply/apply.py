@@ -214,7 +214,11 @@ class _Change:
         for path in self.full:
             if f"{path}.bias" in values:
                 found[f"{path}.bias"] = values[f"{path}.bias"]
+        parameters = dict(self.small.named_parameters())
         for created in (t.name for t in self.plan.tensors if t.status == "created" and t.name not in done):
+            if created in parameters and _module(self.module, parent_of(created)) is None:
+                self.problems.append(f"{created}: the small model has a layer more")
+                continue
             for node, named in self.reads.get(created, []):
                 weight, bias = named.get("weight"), named.get("bias")
                 is_bias = isinstance(bias, fx.Node) and bias.target == created

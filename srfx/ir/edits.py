@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from srfx.ir.attrs import get_attr, set_attr
+from srfx.ir.attrs import free_path, get_attr, set_attr
 from srfx.ir.call import write_argument
 from srfx.ir.editor import Expr, GraphEdit, GraphEditor, put_tensor, take
 
@@ -86,6 +86,53 @@ class ReplaceOperand(GraphEdit):
     def apply(self, editor: GraphEditor) -> None:
         node = editor.nodes[self.node]
         node.replace_input_with(editor.nodes[self.operand], editor.store(self.path, self.tensor, node))
+
+
+@dataclass(frozen=True)
+class NarrowOperand(GraphEdit):
+    """This call reads only the first ``length`` channels of node ``operand``."""
+
+    operand: str
+    dim: int
+    length: int
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, operand = editor.nodes[self.node], editor.nodes[self.operand]
+        with editor.gm.graph.inserting_before(node):
+            first = editor.gm.graph.call_function(torch.narrow, (operand, self.dim, 0, self.length))
+        node.replace_input_with(operand, first)
+
+
+@dataclass(frozen=True)
+class AddLinear(GraphEdit):
+    """To the call's result a new linear layer of the channels of ``operand`` from ``start`` on is added."""
+
+    operand: str
+    dim: int
+    start: int
+    weight: Tensor
+    bias: Tensor | None
+    trainable: bool
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, operand, graph = editor.nodes[self.node], editor.nodes[self.operand], editor.gm.graph
+        n_rows, n_columns = self.weight.shape
+        layer = nn.Linear(n_columns, n_rows, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.weight, self.trainable)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias, self.trainable)
+        path = free_path(editor.gm, f"{self.node}_statistics")
+        set_attr(editor.gm, path, layer.train(editor.gm.training))
+        users = list(node.users)
+        with graph.inserting_after(node):
+            rest = graph.call_function(torch.narrow, (operand, self.dim, self.start, n_columns))
+        with graph.inserting_after(rest):
+            extra = graph.call_module(path, (rest,))
+        with graph.inserting_after(extra):
+            total = graph.call_function(operator.add, (node, extra))
+        for user in users:
+            user.replace_input_with(node, total)
+        editor.nodes[self.node] = total  # what a later edit means by this name
 
 
 @dataclass(frozen=True)

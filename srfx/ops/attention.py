@@ -156,6 +156,9 @@ class Matmul(Product):
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         return self.rule(call).backward(call, live, facts)
 
+    def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
+        return self.rule(call).sustain(call, facts)
+
     def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return self.rule(call).fold(call, facts)
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit, same_numbers
-from srfx.ir.edits import SetArgument, SetTensor
+from srfx.ir.edits import AddLinear, NarrowOperand, SetArgument, SetTensor
 from srfx.ir.program import Param
 from srfx.lattice.constancy import EMITS
 from srfx.ops.contraction_facts import ContractionFacts
@@ -136,7 +136,44 @@ class Contraction(ContractionFacts):
         return [] if same_numbers(new, old) else [SetTensor(call.node.name, "bias", tuple(bias.names), new)]
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        return [] if self.refused(call) is not None else list(self.resize(call, facts))
+        if self.refused(call) is not None:
+            return []
+        return [*self.resize(call, facts), *self._leave_statistics(call, facts)]
+
+    def _leave_statistics(self, call: Call, facts: FactTable) -> list[GraphEdit]:
+        """A bound call reads what stands in front of the statistics, and these, if it may, by a matrix of its own."""
+        x, axis = self.x(call), self.channel_axis(call)
+        own, bound = facts.fields(x), self.operand(call, facts.labeller)
+        if bound is own or facts.count(own, axis) == facts.count(bound, axis):
+            return []
+        name, operand, dim = call.node.name, call["input"].name, axis - len(call.shape(x))
+        n_channels = facts.count(bound, axis)
+        first = NarrowOperand(name, operand, dim, n_channels)
+        found = self._own_matrix(call, facts)
+        if found is None:
+            return [first]
+        weight, bias = found
+        assert facts.count(own, axis) - n_channels == weight.shape[1]
+        w = self.w(call)
+        assert isinstance(w, Param)
+        return [first, AddLinear(name, operand, dim, n_channels, weight, bias, w.tensor.requires_grad)]
+
+    def _own_matrix(self, call: Call, facts: FactTable) -> tuple[Tensor, Tensor | None] | None:
+        """Columns for all statistics of the norm, and a bias, in place of channels that a bound call does not read."""
+        taken, affine = self.taken(call, facts), self.known(call, facts).affine
+        if taken is None or affine is None:
+            return None
+        live = self._rows_by_group(call, facts.liveness(call.node)).flatten(0, -2).any(0)
+        columns = self._combine(call, taken[1], affine, facts)[..., 0] * live  # [3, R]
+        kept = facts.is_kept(facts.fields(self.x(call))[self.channel_axis(call)]).flatten()
+        names = [n for n in EMITS if n in facts.emitted[affine.norm] and kept[facts.emitted[affine.norm][n]]]
+        w, rows = self.w(call), facts.index(facts.fields(call.node), self.channel_axis(call))
+        assert isinstance(w, Param)
+        columns = columns[:, rows]
+        bias = None if affine.bordered or not bool(columns[2].any()) else columns[2].to(w.tensor, copy=True)
+        if bias is not None:
+            columns[2] = 0
+        return columns[[EMITS.index(n) for n in names]].t().contiguous().to(w.tensor), bias
 
     def module_widths(self, call: Call, facts: FactTable, *names: str) -> list[GraphEdit]:
         """Edits of a module's width attributes (operand, result), where they change."""
@@ -149,6 +186,6 @@ class Contraction(ContractionFacts):
     def widths(self, call: Call, facts: FactTable) -> tuple[int, int]:
         """Channels that stay in the operand and in the result."""
         x, axis = self.x(call), self.channel_axis(call)
-        fields = facts.fields(x)
+        fields = self.operand(call, facts.labeller)
         before = facts.count(fields, axis) if axis in fields else call.shape(x)[axis]
         return before, facts.count(facts.fields(call.node), axis)

@@ -11,98 +11,24 @@ M [G, R, C, taps] (R outputs and C inputs of a group), and everything below is s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
-from srfx.ir.editor import GraphEdit
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value, rows_at_once
 from srfx.lattice.constancy import EMITS, Affine, Constancy
 from srfx.lattice.movement import Fields
+from srfx.ops.contraction_call import ContractionCall
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.matrix_form import columns_read, flat_positions, marked_at, nonzero, rows_reading, split_axis
-from srfx.ops.rule import OpRule, PortSite
+from srfx.ops.rule import PortSite
 
 
-class ContractionFacts(OpRule):
+class ContractionFacts(ContractionCall):
     """What a contraction reads and makes constant."""
 
-    signature: tuple[str, ...] = ("input", "weight", "bias")
-    takes_statistics = (
-        True  # a norm's statistics may come in place of channels (there is a bias for the rest)
-    )
-
-    # -------------------------------------------------------------- what a subclass says
-    def is_even(self, call: Call) -> bool:
-        """Groups are runs of channels, unless each is one."""
-        shape, groups = call.shape(self.w(call)), self.groups(call)
-        return self.refused(call) is None and (groups == 1 or (shape[1] == 1 and shape[0] == groups))
-
-    def groups(self, call: Call) -> int:
-        return 1
-
-    def channel_axis(self, call: Call) -> int:
-        """Axis of the operand that is contracted, and of the result that is made."""
-        raise NotImplementedError
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        """The weight as M [G, R, C, taps], a view."""
-        raise NotImplementedError
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        """A tensor [G, R, C] laid out to broadcast against the weight."""
-        raise NotImplementedError
-
-    def row_axis(self, call: Call) -> int:
-        """Axis of the weight that makes the result's channels."""
-        return 0
-
-    def has_border(self, call: Call) -> bool:
-        """Whether positions differ in which taps they see."""
-        return False
-
-    def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
-        """Edits of widths in the call."""
-        return ()
-
     # -------------------------------------------------------------- operands
-    def x(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
-
-    def w(self, call: Call) -> Value:
-        value = call.value("weight")
-        assert value is not None
-        return value
-
-    def refused(self, call: Call) -> Reason | None:
-        """Why this call is a barrier, if it is one: its weight is no plain finite float tensor."""
-        value = call.value("weight")
-        if not isinstance(value, Param) or call.value("input") is None:
-            return Reason.UNKNOWN_OP
-        weight = value.tensor
-        if not weight.is_floating_point() or weight.layout != torch.strided or weight.is_quantized:
-            return Reason.UNSUPPORTED_DTYPE
-        if not call.program.is_finite(value):
-            return Reason.NON_FINITE
-        return None
-
-    def is_private(self, call: Call, facts: FactTable) -> bool:
-        """Whether weight and bias may be changed: one site only, and one channel vector at every outer position."""
-        x, axis = self.x(call), self.channel_axis(call)
-        for name in ("weight", "bias"):
-            value = call.value(name)
-            if isinstance(value, Param) and value.n_sites > 1:
-                return False
-        bias = call.value("bias")
-        if bias is not None and not (isinstance(bias, Param) and bias.shape == (call.out_shape[axis],)):
-            return False  # computed, or not one number for each row: nothing can be folded into it
-        return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
-
     def agreed(self, call: Call, facts: FactTable) -> Tensor:
         """Channels that are one and the same constant at all sites of a shared weight, [G, C]: all take it alike."""
         calls, w = facts.siblings.get(call.node), self.w(call)
@@ -126,12 +52,25 @@ class ContractionFacts(OpRule):
             values.append(value)
         return found & torch.stack([value == values[0] for value in values]).all(0)
 
-    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+    def sustain(self, call: Call, facts: FactTable) -> Tensor | None:
+        """What a bound call reads is a channel of the norm's operand: it may not become a statistic's place."""
+        live, axis = facts.live.get(call.node), self.channel_axis(call)
+        if self.refused(call) is not None or not isinstance(live, Tensor):
+            return None
+        labels = self.operand(call, facts.labeller).get(axis)
+        if labels is None or labels is facts.fields(self.x(call))[axis]:
+            return None
+        return labels.flatten()[self._channels(call, live, facts).flatten(0, -2).any(0)]
+
+    def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         """The operand; constants that meet a border in a grouped convolution have to be there, from anywhere."""
         x = call.value("input")
         if self.refused(call) is not None or not isinstance(x, fx.Node):
             return []
-        return [PortSite(x, self.channel_axis(call), self.groups(call) > 1)]
+        is_single = self.groups(call) == 1
+        if is_single and self.is_bound(call) and self.taken(call, facts) is not None:
+            return []  # it takes statistics beside its operand
+        return [PortSite(x, self.channel_axis(call), not is_single, is_single and self.is_bound(call))]
 
     # -------------------------------------------------------------- labels
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
@@ -162,7 +101,7 @@ class ContractionFacts(OpRule):
 
     def outer(self, call: Call, labels: Labeller) -> Fields:
         """Fields of the operand that the op can follow; subclasses pin the rest."""
-        return dict(labels.of(self.x(call)))
+        return dict(self.operand(call, labels))
 
     def column_axis(self, call: Call) -> int:
         return 1 - self.row_axis(call)
@@ -288,6 +227,7 @@ class ContractionFacts(OpRule):
         x = self.x(call)
         wanted = self._wanted(call, live, facts)
         axis = self.channel_axis(call)
+        self._refuse_statistics(call, live, facts)
         demand: Demand = {x: collapse(wanted.flatten(-2).movedim(-1, axis), facts.layout(x))}
         bias = call.value("bias")
         if bias is not None and not isinstance(bias, Param):
@@ -295,22 +235,27 @@ class ContractionFacts(OpRule):
         return demand
 
     def _wanted(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
-        """Channels this call reads in its folded form, [outer.., G, C]."""
-        x = self.x(call)
+        """Channels this call reads in its folded form, statistics in places of channels included, [outer.., G, C]."""
+        c, _, _ = self._operand(call, facts)
+        wanted, gone = self._channels(call, live, facts), self._combinable(call, facts, c)
+        if gone is not None and c.affine is not None:
+            read = columns_read(self._rows_by_group(call, live), self._reads(call, facts))
+            if bool((read & gone).any()):
+                wanted[..., list(facts.emitted.get(c.affine.norm, {}).values())] = True
+        return wanted
+
+    def _channels(self, call: Call, live: Tensor, facts: FactTable) -> Tensor:
+        """Channels this call reads as they are, [outer.., G, C]."""
         c, varies, value = self._operand(call, facts)
         reads = self._reads(call, facts)
         read = columns_read(self._rows_by_group(call, live), reads)
-        if not self.is_private(call, facts):
-            kept = self._by_group(call, facts.kept_channels(x))
-            wanted = read & (varies | (value != 0) | kept) & ~self.agreed(call, facts)
-            return wanted | self._left_in_place(call, read & ~varies & (value != 0), facts)
         gone = self._combinable(call, facts, c)
-        wanted = read & varies
-        if gone is not None and c.affine is not None:
-            absorbed = read & gone
-            wanted = wanted & ~gone
-            if bool(absorbed.any()):
-                wanted[..., list(facts.emitted.get(c.affine.norm, {}).values())] = True
+        if not self.is_private(call, facts):
+            kept = self._by_group(call, self.kept_operand(call, facts))
+            wanted = read & (varies | (value != 0) | kept) & ~self.agreed(call, facts)
+            wanted = wanted | self._left_in_place(call, read & ~varies & (value != 0), facts)
+            return wanted if gone is None else wanted & ~gone
+        wanted = read & varies if gone is None else read & varies & ~gone
         border = read & ~varies & (value != 0)
         if gone is None or not bool((read & gone).any()):
             wanted = wanted | self._left_in_place(call, border, facts)
@@ -338,13 +283,17 @@ class ContractionFacts(OpRule):
             or affine.norm in facts.closed
         ):
             return None
-        kept = self._by_group(call, facts.kept_channels(self.x(call))) | facts.is_kept(affine.sources)
+        kept = self._by_group(call, self.kept_operand(call, facts)) | facts.is_kept(affine.sources)
+        if self.is_bound(call):
+            return affine.mask & ~kept if self.may_add(call, facts) else None
         return affine.mask & (~kept | marked_at(kept, facts.emitted.get(affine.norm)))
 
     def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:
         """The norm whose channels [C] this call does not read, but takes from the norm's statistics."""
         live = facts.live.get(call.node)
-        if self.refused(call) is not None or not isinstance(live, Tensor) or not self.is_private(call, facts):
+        if self.refused(call) is not None or not isinstance(live, Tensor):
+            return None
+        if not self.is_private(call, facts) and not self.may_add(call, facts):
             return None
         c = self.known(call, facts)
         gone = self._combinable(call, facts, c)
@@ -355,6 +304,26 @@ class ContractionFacts(OpRule):
         gone = gone.flatten(0, -2).any(0) & read
         assert isinstance(c.affine.norm, fx.Node)
         return (c.affine.norm, gone) if bool(gone.any()) else None
+
+    def _refuse_statistics(self, call: Call, live: Tensor, facts: FactTable) -> None:
+        """Say so where a norm's channels stay because this call reads them as they are."""
+        affine = self.known(call, facts).affine
+        if affine is None or affine.axis != self.channel_axis(call) or not self.is_bound(call):
+            return
+        assert isinstance(affine.norm, fx.Node)
+        if bool((self._channels(call, live, facts) & affine.mask).any()):
+            reason, why = Reason.NOT_LINEAR_IN_NORM, "and has no bias of its own"
+            if self.is_shared(call):
+                reason, why = Reason.SHARED_WEIGHT, "with a weight used elsewhere"
+            facts.refuse(affine.norm, reason, f"{call.node.name} reads it {why}")
+
+    def pays(self, call: Call, facts: FactTable, gone: Tensor) -> bool:
+        """Whether a matrix for statistics is smaller than the columns ``gone`` [C] of the weight, for a bound call."""
+        affine, w = self.known(call, facts).affine, self.w(call)
+        assert affine is not None and isinstance(w, Param)
+        n_extra = len(self.statistics(call, facts, gone))
+        n_extra += bool((self._combine(call, gone, affine, facts)[2] != 0).any()) and not affine.bordered
+        return (w.n_sites - 1) * n_extra < int(gone.sum())
 
     def statistics(self, call: Call, facts: FactTable, gone: Tensor) -> set[str]:
         """Names of the statistics that take the place of the channels ``gone`` [C] here."""

@@ -75,7 +75,7 @@ class Convolution(Contraction):
 
     def outer(self, call: Call, labels: Labeller) -> Fields:
         x, axis = self.x(call), self.channel_axis(call)
-        fields = dict(labels.of(x))
+        fields = dict(self.operand(call, labels))
         spatial = [a for a in fields if a > axis]
         labels.pin(x, call.node.name, Reason.CHANNEL_MIXING, spatial)
         fields = {a: f for a, f in fields.items() if a <= axis}

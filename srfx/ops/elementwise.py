@@ -67,7 +67,7 @@ class Elementwise(OpRule):
         if not any(labels.is_dynamic(n) for n in call.node.all_input_nodes):
             labels.static.add(call.node)
 
-    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+    def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         """Computed operands, where there are several: each brings the channels in which it varies."""
         if not isinstance(call.output, Tensor):
             return []
@@ -76,7 +76,7 @@ class Elementwise(OpRule):
         found: list[PortSite] = []
         for axis in range(-rank, 0):
             wide = [v for v in computed if len(call.shape(v)) >= -axis and call.shape(v)[axis] > 1]
-            if len(wide) > 1 and any(len(call.shape(v)) + axis in labels.of(v) for v in wide):
+            if len(wide) > 1 and any(len(call.shape(v)) + axis in facts.fields(v) for v in wide):
                 found += [PortSite(v, len(call.shape(v)) + axis, True) for v in wide]
         return found
 

@@ -6,6 +6,7 @@ rank of the value, size 1 on axes along which nothing differs.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,10 @@ class Labeller:
     static: set[fx.Node] = field(default_factory=set)
     followers: set[Value] = field(default_factory=set)
     """Parameters whose width follows from that of values: nothing is to be counted there."""
+    firsts: list[int] = field(default_factory=list)
+    """First labels of the results of norms whose statistics may come in places of channels, rising."""
+    plain: list[Tensor] = field(default_factory=list)
+    """For each of these, labels of its channels that are kept iff the channel is and is no place of a statistic."""
 
     def is_dynamic(self, raw: Any) -> bool:
         """Whether an integer argument is computed at run time from sizes that may differ from call to call."""
@@ -112,6 +117,24 @@ class Labeller:
         for axis, labels in fields.items():
             self.table.rectangular(labels, axis, fields, site)
 
+    def bind(self, own: Tensor, plain: Tensor) -> None:
+        """The fresh labels ``own`` of a norm's result may be places of statistics; ``plain`` are its channels alone."""
+        self.firsts.append(int(own[0]))
+        self.plain.append(plain)
+
+    def bound(self, labels: Tensor) -> Tensor:
+        """Labels for a reader of a norm's channels that takes no statistic in their places (theory: Lemma N8)."""
+        if not self.firsts or not labels.numel():
+            return labels
+        nearest = bisect_right(self.firsts, int(labels.max()))
+        lowest = max(bisect_right(self.firsts, int(labels.min())) - 1, 0)
+        for first, plain in zip(self.firsts[lowest:nearest], self.plain[lowest:nearest], strict=True):
+            at = labels - first
+            found = (at >= 0) & (at < plain.numel())
+            if bool(found.any()):
+                labels = torch.where(found, plain[at.clamp(0, plain.numel() - 1)], labels)
+        return labels
+
     def declare(self, slot: str, fields: Fields) -> None:
         """Labels of a tensor attribute that may not exist yet (a bias that folding may create)."""
         self.slots[slot] = fields
@@ -132,6 +155,7 @@ class FactTable:
     emitted: norm node -> position at which each emitted statistic travels; {} when the norm emits nothing.
     shifts: norm node -> c of the statistic (mu - c) r.
     closed: norm nodes that lose no channel for want of places for their statistics.
+    declined: calls of shared weights for which a matrix of statistics would be larger than the columns it replaces.
     siblings: contraction -> all calls that share its weight and bias, and may change them together.
     cache, operands: what rules derive from weights and from constancy, to derive it once.
     whole: norm nodes whose result is as wide as their operand: to select channels would cost more than it saves.
@@ -151,6 +175,7 @@ class FactTable:
     emitted: dict[Hashable, dict[str, int]] = field(default_factory=dict)
     shifts: dict[Hashable, float] = field(default_factory=dict)
     closed: set[Hashable] = field(default_factory=set)
+    declined: set[fx.Node] = field(default_factory=set)
     siblings: Mapping[fx.Node, tuple[Call, ...]] = field(default_factory=dict)
     whole: set[Hashable] = field(default_factory=set)
     ranks: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int8))
@@ -189,8 +214,12 @@ class FactTable:
 
     def kept_channels(self, value: Value) -> Tensor:
         """Elements of the value's layout that exist in the result (bool)."""
-        kept = torch.ones((1,) * len(self.program.shape(value)), dtype=torch.bool)
-        for labels in self.fields(value).values():
+        return self.all_kept(self.fields(value), len(self.program.shape(value)))
+
+    def all_kept(self, fields: Fields, rank: int) -> Tensor:
+        """Elements of which every label is kept, a layout tensor."""
+        kept = torch.ones((1,) * rank, dtype=torch.bool)
+        for labels in fields.values():
             kept = kept & self.is_kept(labels)
         return kept
 

@@ -62,11 +62,11 @@ class IndexAdd(OpRule):
         assert isinstance(value, Param)
         return value.tensor.detach().cpu().long()
 
-    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+    def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         computed = [
             v for v in self.operands(call) if isinstance(v, fx.Node) and v not in call.program.independent
         ]
-        return [PortSite(v, self.axis(call), True) for v in computed if self.axis(call) in labels.of(v)]
+        return [PortSite(v, self.axis(call), True) for v in computed if self.axis(call) in facts.fields(v)]
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         (x, y), axis, site = self.operands(call), self.axis(call), call.node.name

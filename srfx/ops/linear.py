@@ -22,6 +22,8 @@ aten = torch.ops.aten
 class Linear(Contraction):
     """y = x W^T + b.  x [.., C_in], W [C_out, C_in], b [C_out] -> y [.., C_out]."""
 
+    adds_statistics = True
+
     def channel_axis(self, call: Call) -> int:
         return len(call.shape(self.x(call))) - 1
 
@@ -83,6 +85,7 @@ class MatmulWithParameter(Linear):
         return m[0].t()
 
     takes_statistics = False
+    adds_statistics = False
 
     def is_private(self, call: Call, facts: FactTable) -> bool:
         """A product has no bias to fold a nonzero constant into."""

@@ -26,6 +26,9 @@ aten = torch.ops.aten
 class Movement(OpRule):
     """y[p] = x[s(p)] for a fixed map s of positions, given as steps."""
 
+    binds = False
+    """Whether what is taken of an axis has the labels of a norm's operand (theory: Lemma N8)."""
+
     def is_even(self, call: Call) -> bool:
         return True
 
@@ -149,11 +152,13 @@ class AlongAxis(Movement):
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         step, fields = self.selection(call), facts.fields(self.source(call))
-        after, extent = facts.fields(call.node), step.source.numel()
-        if not facts.changed(fields, step.axis, step.extent) and not facts.changed(after, step.axis, extent):
+        after = facts.fields(call.node)
+        if step.axis not in fields or step.axis not in after:
             return []
         taken = facts.is_kept(after[step.axis])
         index = positions(facts, fields, step.axis, step.source, taken)
+        if not facts.changed(fields, step.axis, step.extent) and torch.equal(index, step.source):
+            return []  # as many may stay in another order: a norm puts its statistics behind its channels
         return self.rewrite(call, step.axis, index)
 
     def rewrite(self, call: Call, axis: int, index: Tensor) -> Iterable[GraphEdit]:

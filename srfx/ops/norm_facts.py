@@ -1,4 +1,4 @@
-"""Norms over channels: layer norm, RMS norm, group norm, and their compensated forms (theory: Lemmas N1 to N6).
+"""Norms over channels: layer norm, RMS norm, group norm, and their compensated forms (theory: Lemmas N1 to N9).
 
 A norm's statistics run over all channels, so a varying channel is live as soon as any output is.  A constant one may
 go: the compensated norm remembers its share.  Its output, though, still varies with the statistics; linear readers
@@ -21,7 +21,7 @@ from srfx.nn import (
     RemovedConstants,
 )
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.norm_readers import is_tied, nonlinear_reader
+from srfx.ops.norm_readers import nonlinear_reader
 from srfx.ops.rule import OpRule
 
 
@@ -99,24 +99,32 @@ class NormFacts(OpRule):
 
     def is_open(self, call: Call, labels: Labeller) -> bool:
         """Whether every reader is linear in the result and may change its weight: then it takes statistics."""
-        axis = len(call.out_shape) - 1
-        return self.is_separate(call, labels) and nonlinear_reader(call.node, axis, labels.program) is None
+        axis, n_emitted = len(call.out_shape) - 1, len(self.emits(call))
+        return (
+            self.is_separate(call, labels)
+            and nonlinear_reader(call.node, axis, labels.program, n_emitted) is None
+        )
 
     def _own_fields(self, call: Call, labels: Labeller) -> Fields:
         """Labels of their own: a channel that is kept needs its operand's, or is the place of a statistic."""
         axis, sources = len(call.out_shape) - 1, self.sources(call, labels)
         own, n_emitted = labels.table.fresh(sources.numel()), len(self.emits(call))
+        plain = labels.table.fresh(sources.numel())  # written, and no statistic
+        labels.table.equate(plain, [own, sources])
         for name in ("weight", "bias"):
             value = call.value(name)
             if value is not None:
-                labels.table.equate(labels.of(value)[0], [own, sources])
+                labels.table.tie(labels.of(value)[0], plain)
                 labels.followers.add(value)
+        is_open = self.is_open(call, labels)
+        if is_open:
+            labels.bind(own, plain)
         stored = call.value("outputs")
         if stored is not None:
             labels.pin(stored, call.node.name, Reason.CONSTANT_TABLE)
         if n_emitted:
             extra = labels.table.fresh(n_emitted)
-            if not self.is_open(call, labels):
+            if not is_open:
                 labels.table.pin(extra, call.node.name, Reason.NOT_LINEAR_IN_NORM.name)
             own = torch.cat([own, extra])
         return {axis: own.view([-1 if d == axis else 1 for d in range(axis + 1)])}
@@ -274,12 +282,8 @@ class NormFacts(OpRule):
         is_open = self.is_open(call, facts.labeller)
         if not bool(staying.any()) or (is_open and call.node not in facts.closed):
             return
-        reader = nonlinear_reader(call.node, axis, facts.program)
-        if reader is not None and is_tied(reader, facts.program):
-            facts.refuse(
-                call.node, Reason.SHARED_WEIGHT, f"{reader.name} reads it with a weight used elsewhere"
-            )
-        elif reader is not None:
+        reader = nonlinear_reader(call.node, axis, facts.program, len(self.emits(call)))
+        if reader is not None:
             facts.refuse(call.node, Reason.NOT_LINEAR_IN_NORM, f"{reader.name} reads it")
         elif not is_open:
             facts.refuse(call.node, Reason.CHANNEL_MIXING, "no statistics are emitted along several axes")
@@ -311,7 +315,8 @@ class NormFacts(OpRule):
         if axis is None or not has_own or call.value("outputs") is not None or call.node in facts.whole:
             return None
         own = facts.fields(call.node)[axis].flatten()[: self.outputs(call).numel()]
-        return own[facts.is_kept(self.sources(call, facts.labeller)) & ~facts.is_kept(own)]
+        left = own[facts.is_kept(self.sources(call, facts.labeller)) & ~facts.is_kept(own)]
+        return torch.cat([left, facts.labeller.bound(left)])  # columns of bound readers too
 
     def choose_shift(self, call: Call, facts: FactTable, gone: Tensor) -> None:
         """Choose the c of (mu - c) r for the channels [C] that readers take from the statistics."""

@@ -31,13 +31,14 @@ from srfx.ops.selection import IndexSelect
 from srfx.ops.sizes import is_range
 
 
-def port(x: Tensor, dim: int, absorbs: bool) -> Tensor:
+def port(x: Tensor, dim: int, absorbs: bool, is_bound: bool = False) -> Tensor:
     """X itself.
 
     Args:
         x: any tensor.
         dim: the axis whose channels the reader may select, not negative.
         absorbs: constants that the reader needs may come from a stored tensor instead of x.
+        is_bound: the reader takes channels of a norm's operand only, and no statistics in their places.
     """
     return x
 
@@ -63,6 +64,10 @@ class Rewired(Movement):
         """Whether a constant of x may become a number of y."""
         return True
 
+    def is_bound(self, call: Call) -> bool:
+        """Whether no channel of y may be a statistic in the place of a norm's channel (theory: Lemma N8)."""
+        return False
+
     def steps(self, call: Call) -> list[Step]:
         return [Take(self.axis(call), self.sources(call), call.shape(self.source(call))[self.axis(call)])]
 
@@ -71,7 +76,8 @@ class Rewired(Movement):
         own = labels.table.fresh(call.out_shape[axis])
         fields = dict(labels.of(self.source(call)))
         if not self.absorbs(call) and axis in fields:  # a channel that is kept has to come from somewhere
-            labels.table.imply(own, fields[axis].flatten())
+            source = fields[axis].flatten()
+            labels.table.imply(own, labels.bound(source) if self.is_bound(call) else source)
         fields[axis] = own.view([-1 if a == axis else 1 for a in range(rank)])
         for name in ("index", "template"):
             value = call.value(name)
@@ -207,10 +213,17 @@ class Rewire(GraphEdit):
 class Port(Rewired):
     """y = x, numbered anew for one reader (theory: Lemma G1)."""
 
-    signature: tuple[str, ...] = ("input", "dim", "absorbs")
+    signature: tuple[str, ...] = ("input", "dim", "absorbs", "is_bound")
 
     def absorbs(self, call: Call) -> bool:
         return bool(call["absorbs"])
+
+    def is_bound(self, call: Call) -> bool:
+        return bool(call.get("is_bound", False))
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy:
+        found = super().forward(call, facts)
+        return replace(found, affine=None) if self.is_bound(call) else found
 
     def sources(self, call: Call) -> Tensor:
         return torch.arange(call.out_shape[self.axis(call)])

@@ -131,6 +131,21 @@ class SumOver(Reduction):
             labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, tracked)
         return super().label(call, labels)
 
+    def averaged(self, call: Call, axis: int) -> int | None:
+        """Axis of the result with the channels of ``axis``, if each is summed by itself."""
+        dims, rank = self.dims(call), len(call.shape(self.source(call)))
+        if axis in dims or not self.is_tensor(call) or not call.output.is_floating_point():
+            return None
+        return axis if call.output.dim() == rank else axis - sum(d < axis for d in dims)
+
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        found, affine = super().forward(call, facts), facts.constancy(self.source(call)).affine
+        there = None if affine is None else self.averaged(call, affine.axis)
+        if affine is None or there is None or not isinstance(found, Constancy):
+            return found
+        bordered = affine.bordered or not self.divides  # so many ones are summed, each time
+        return replace(found, affine=replace(affine, axis=there, bordered=bordered))
+
     def _total(self, call: Call, value: Tensor, shape: tuple[int, ...], dims: list[int]) -> Tensor:
         """Sum (or mean) of constants over the reduced axes; untracked axes count with their hint only for means."""
         known = value.sum(dims, keepdim=True)

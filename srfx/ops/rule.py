@@ -31,11 +31,13 @@ class PortSite:
     """An operand that its reader may narrow: a node, the axis of its channels, and whether constants may be supplied.
 
     ``absorbs``: a constant that the reader needs may come from a stored tensor instead of the operand.
+    ``is_bound``: the reader takes channels of a norm's operand only, and no statistics in their places.
     """
 
     operand: fx.Node
     axis: int
     absorbs: bool
+    is_bound: bool = False
 
 
 class OpRule:
@@ -90,7 +92,7 @@ class OpRule:
                 demand[value] = everything(len(call.shape(value)))
         return demand
 
-    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+    def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         """Operands of which this call may read channels of its own choice, whatever others keep."""
         return []
 

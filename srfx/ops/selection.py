@@ -26,6 +26,7 @@ aten = torch.ops.aten
 class IndexSelect(AlongAxis):
     """index_select with a constant index; a computed index keeps every channel of the axis."""
 
+    binds = True
     signature: tuple[str, ...] = ("input", "dim", "index")
 
     def index(self, call: Call) -> Tensor | None:
@@ -80,7 +81,7 @@ class IndexSelect(AlongAxis):
         shape = [take.source.numel() if a == take.axis else 1 for a in range(len(call.out_shape))]
         copies = table.fresh(take.source.numel()).view(shape)
         if take.axis in fields:
-            table.imply(copies, take.apply(fields[take.axis]))
+            table.imply(copies, labels.bound(take.apply(fields[take.axis])))
         found: Fields = {take.axis: copies}
         for axis, lanes in fields.items():
             if axis == take.axis:
@@ -123,9 +124,14 @@ class IndexSelect(AlongAxis):
 @op_rule(torch.narrow, "narrow", aten.narrow.default, (aten.slice.Tensor, "input dim start end step"),
          (aten.slice_copy.Tensor, "input dim start end step"))  # fmt: skip
 class Narrow(AlongAxis):
-    """A slice of one axis."""
+    """A slice of one axis; channels of a norm are taken as its operand has them (theory: Lemma N8)."""
 
+    binds = True
     signature: tuple[str, ...] = ("input", "dim", "start", "length")
+
+    def label(self, call: Call, labels: Labeller) -> Fields:
+        fields, axis = super().label(call, labels), self.selection(call).axis
+        return {a: labels.bound(f) if a == axis else f for a, f in fields.items()}
 
     def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
         moves = any(labels.is_dynamic(call.bound.get(n)) for n in ("start", "end", "length", "step"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,10 +63,21 @@ class PerChannel(OpRule):
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         source, first = self.source(call), self.first_spatial(call)
         c = facts.constancy(source).settle(range(first))
+        affine = c.affine if self.is_linear else None
+        if affine is not None and not self.keeps(call):
+            affine = replace(affine, bordered=True)
         kept = c if self.keeps(call) else Constancy(c.varies | (c.value != 0), torch.zeros_like(c.value))
+        kept = replace(kept, affine=affine, sums_to_one=None)
         if isinstance(call.output, (tuple, list)):
             return (kept, *(Constancy.top(o.dim()) for o in call.output[1:]))
         return kept
+
+    is_linear = False
+    """Whether f is linear, so that a combination of a norm's statistics is one of these again (theory: Lemma N10)."""
+
+    def averaged(self, call: Call, axis: int) -> int | None:
+        """Axis of the result with the channels of ``axis``, if each is mapped linearly and alike."""
+        return axis if self.is_linear and axis < self.first_spatial(call) else None
 
     def keeps(self, call: Call) -> bool:
         """Whether a constant k other than 0 comes out as k at every position."""
@@ -87,6 +99,7 @@ def _zero(value: Any) -> bool:
 class AveragePool(PerChannel):
     """Average pooling: padding that is counted disturbs a constant at the border."""
 
+    is_linear = True
     signature: tuple[str, ...] = (
         "input",
         "kernel_size",
@@ -287,14 +300,15 @@ _SNAKE = {"Max": "max", "AdaptiveAvg": "adaptive_avg", "AdaptiveMax": "adaptive_
 
 def _register_pools(d: int) -> None:
     """Pools and edges of ``d`` spatial axes: the last ones, whether there is a batch axis or not."""
-    for kinds, more, is_window in (
-        (("Max",), f"max_pool{d}d_with_indices", True),
-        (("AdaptiveAvg", "AdaptiveMax"), f"_adaptive_avg_pool{d}d", False),
+    for kinds, more, settings in (
+        (("Max",), f"max_pool{d}d_with_indices", {"shrinks_axes": True}),
+        (("AdaptiveMax",), "", {"shrinks_axes": False}),
+        (("AdaptiveAvg",), f"_adaptive_avg_pool{d}d", {"shrinks_axes": False, "is_linear": True}),
     ):
         pools = [f"{_SNAKE[kind]}_pool{d}d" for kind in kinds]
         homes = [(nn, f"{kind}Pool{d}d") for kind in kinds]
         homes += [(F, n) for n in pools] + [(torch, n) for n in pools] + [(aten, n) for n in (*pools, more)]
-        op_rule(*_spellings(homes), n_spatial=d, shrinks_axes=is_window)(PerChannel)
+        op_rule(*_spellings(homes), n_spatial=d, **settings)(PerChannel)
     homes = [(nn, f"AvgPool{d}d"), (F, f"avg_pool{d}d"), (aten, f"avg_pool{d}d")]
     op_rule(*_spellings(homes), n_spatial=d)(AveragePool)
     op_rule(*_spellings([(nn, f"LPPool{d}d"), (F, f"lp_pool{d}d")]), n_spatial=d)(PowerPool)

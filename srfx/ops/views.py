@@ -26,7 +26,7 @@ class Reshaping(Movement):
     def steps(self, call: Call) -> list[Step]:
         return [Regroup(call.shape(self.source(call)), call.out_shape)]
 
-    def ports(self, call: Call, labels: Labeller) -> list[PortSite]:
+    def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         """An axis that is split into heads: where these need equal counts, what fills them up need not be computed."""
         source = self.source(call)
         if not isinstance(source, fx.Node) or source in call.program.independent:
@@ -34,7 +34,7 @@ class Reshaping(Movement):
         regroup = self.steps(call)[0]
         assert isinstance(regroup, Regroup)
         split = [ins[0] for ins, outs in regroup.groups() if len(ins) == 1 and len(outs) > 1]
-        return [PortSite(source, axis, True) for axis in split if axis in labels.of(source)]
+        return [PortSite(source, axis, True) for axis in split if axis in facts.fields(source)]
 
 
 @op_rule(nn.Flatten, torch.flatten, "flatten", aten.flatten.using_ints, torch.ravel, "ravel",
