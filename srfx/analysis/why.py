@@ -17,6 +17,7 @@ from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
 from srfx.lattice.classes import Classes
 from srfx.lattice.movement import Fields
+from srfx.ops.attention import Matmul
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import Demand, FactTable, collapse
 from srfx.ops.recurrent import Recurrent
@@ -193,6 +194,8 @@ class Explainer:
     def _note_special(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
         """Constants that a layer cannot absorb: its bias is not its own, or none, or they meet zero padding."""
         rule, call, facts = site.rule, site.call, self.facts
+        if isinstance(rule, Matmul):  # by a parameter: a layer without a place for a bias (theory: Lemma L6)
+            rule = rule.rule(call)
         if isinstance(rule, Recurrent) and rule.refused(call) is None:
             self._note_recurrent(site, demand, found)
         if not isinstance(rule, Contraction) or rule.refused(call) is not None:

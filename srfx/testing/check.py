@@ -206,7 +206,7 @@ def assert_varies(case: Case) -> None:
 
 DOCUMENTED = frozenset(
     {"LAST_CHANNEL", RESTORED, CARRIER, STATISTIC, "BLOCK_COUNT", "MULTIPLE_OF", IMPLIED, SUSTAINED}
-    | {"SHARED_WEIGHT", "BORDER", "GROWS"}
+    | {"SHARED_WEIGHT", "BORDER", "GROWS", "WHOLE"}
     | {reason.name for reason in BARRIERS}
 )
 """Reasons for which a class may stay that the probe calls removable; docs/testing.md says why each is one."""

@@ -217,7 +217,9 @@ class _Watcher(fx.Interpreter):
         return value
 
     def _collector(self, name: str, layout: Shape, gradients: dict[str, Tensor]) -> Callable[[Tensor], None]:
-        def collect(gradient: Tensor) -> None:
+        def collect(gradient: Tensor | None) -> None:
+            if gradient is None:  # nothing that has a gradient reads it
+                return
             found = _reduced(gradient.detach().abs(), layout, torch.Tensor.amax)
             gradients[name] = torch.maximum(gradients[name], found) if name in gradients else found
 

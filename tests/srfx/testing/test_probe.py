@@ -337,3 +337,19 @@ def test_units_of_recurrent_layers(kind: type[nn.RNNBase], options: dict[str, An
     assert found.n_removable >= 2
     assert {left.reason for left in found.leftovers} <= {"GROWS"}
     assert bool(found.leftovers) == (options == {"bias": False})
+
+
+def test_a_product_has_no_place_for_a_bias() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = randomized(nn.Linear(3, 5)), nn.Parameter(torch.rand(5, 2) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.front(x) @ self.back
+
+    model = Net()
+    kill(model.front, [1, 3])
+    found = probe(model, torch.randn(6, 3))
+    assert found.n_removable == 2
+    assert {left.reason for left in found.leftovers} == {"SHARED_WEIGHT"}
