@@ -16,7 +16,12 @@ class Mutation(NamedTuple):
 
 OPS = "tests/srfx/ops/test_"
 CONTRACTION = (OPS + "contraction.py", "tests/test_holes.py", "tests/srfx/test_minimize.py")
-NORM = (OPS + "norm.py", "tests/property/test_norm_stacks.py")
+NORM = (
+    OPS + "norm.py",
+    OPS + "norm_outputs.py",
+    OPS + "norm_streams.py",
+    "tests/property/test_norm_stacks.py",
+)
 ELEMENTWISE = (OPS + "elementwise.py", "tests/test_holes.py")
 ATTENTION = (OPS + "attention.py", "tests/test_holes.py")
 RECURRENT = (OPS + "recurrent.py",)

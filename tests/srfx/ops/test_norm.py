@@ -714,3 +714,24 @@ def test_values_and_gradients() -> None:
         if isinstance(norm, nn.GroupNorm):
             kill(model.b, columns=[1, 2])
         assert_equivalent(model, plan_of(model, (X.double(),)).small, (X,), rtol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_constants_that_differ_from_head_to_head_stay_in_the_statistics(
+    norm: type[nn.Module], bias: bool
+) -> None:
+    """Nobody reads lane 1 of any head; the norm of each head does, and every head has another number there."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.norm, self.back = nn.Linear(5, 12), norm(4), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.norm(self.front(x).unflatten(-1, (3, 4))).flatten(-2))
+
+    model = randomized(Heads())
+    kill(model.front, [1, 5, 9], bias=not bias)
+    kill(model.back, columns=[1, 5, 9])
+    check(model, (torch.randn(2, 5),), kept={"front.weight": (12 if bias else 9, 5)})
