@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ import torch.fx
 from benchmarks.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
+LIMIT_S = 420.0
+"""A test file that takes longer hangs: a rule that never settles."""
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 
 
@@ -89,7 +92,20 @@ def run(path: str, place: Path) -> int:
                 )
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _exit_code(child)
+
+
+def _exit_code(child: int) -> int:
+    """Wait for a process; one that does not end is stopped, and counts as a failure."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < LIMIT_S:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 1
 
 
 def main() -> None:
