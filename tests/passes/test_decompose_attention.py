@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 
 from srfx.ir.capture import capture
 from srfx.ir.plan import Reason
+from srfx.ir.program import Program
 from srfx.minimize import canonicalise
 from srfx.nn import DropoutAttention
 from srfx.passes import get_pass
+from srfx.passes.decompose_attention import _edit, _Refused
 from tests.helpers import assert_equivalent, assert_no_dead_weight
 from tests.snapshots import assert_unchanged, snapshot
 
@@ -403,6 +405,29 @@ def test_hooks_are_refused():
     layer = away_from_default(nn.TransformerEncoderLayer(E, H, 16, batch_first=True))
     layer.self_attn.register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))
     assert refused(Caller(layer, ["src"]).eval(), (random(N, T, E),)) == [Reason.OPAQUE_HOOK]
+
+
+@pytest.mark.parametrize(
+    ("literals", "names", "shapes", "detail"),
+    [
+        ({}, ["query", "key", "value", "attn_mask"], [(N, T, E)] * 3 + [(T,)], "attn_mask has 1 axes"),
+        ({}, ["query", "key", "value", "key_padding_mask"], [(N, T, E)] * 3 + [(T,)], "key_padding_mask has 1 axes"),
+        ({"is_causal": True}, ["query", "key", "value"], [(N, T, E)] * 3, "is_causal without a mask"),
+        ({"unheard": 1}, ["query", "key", "value"], [(N, T, E)] * 3, "unheard"),
+        ({"need_weights": 2.5}, ["query", "key", "value"], [(N, T, E)] * 3, "need_weights is 2.5"),
+    ],
+)  # fmt: skip
+def test_calls_that_are_not_understood_are_refused(literals, names, shapes, detail):
+    """The call itself would fail or is of no known form: nothing is written, and the reason is given."""
+    model = Caller(nn.MultiheadAttention(E, H, batch_first=True).eval(), names, **literals)
+    gm = traced(model)
+    values: list[Any] = [random(*shape) for shape in shapes]
+    program = Program(gm, dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True)))
+    (node,) = gm.graph.find_nodes(op="call_module", target="inner")
+    with pytest.raises(_Refused) as caught:
+        _edit(program, node)
+    assert caught.value.reason is Reason.UNRECOGNISED_CALL
+    assert detail in str(caught.value.detail)
 
 
 def test_untraceable_activation_is_refused():

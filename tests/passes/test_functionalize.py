@@ -327,6 +327,37 @@ def test_what_cannot_be_resolved_stays_with_a_reason_and_is_barred(program, rout
         assert {n.name for n in barred} >= {"flatten", "conv" if route == "symbolic" else "conv2d"}
 
 
+def shape_changes_under_another_name(s, x):
+    h = s.conv(x)
+    y = h[:, :4]
+    h.unsqueeze_(0)
+    return y, h
+
+
+def written_after_a_refused_write(s, x):
+    h = s.conv(x)
+    flat = h.flatten(1)
+    h.add_(1)
+    h.mul_(2)
+    return flat
+
+
+WHY = {
+    shape_changes_under_another_name: "changes the shape under other names of the tensor",
+    written_after_a_refused_write: "writes the same storage in place",
+    maybe_view_is_read: "may or may not share storage",
+    chunk_is_written: "cannot be undone",
+    random_fill: "has no functional twin",
+    writes_input: "it may write x, a graph input",
+}
+
+
+@pytest.mark.parametrize("program", WHY)
+def test_a_refusal_says_why(program):
+    _, result = functionalized(made(program), "symbolic")
+    assert WHY[program] in [r.detail for _, r in result.refusals][-1]
+
+
 def test_one_piece_of_a_split_under_two_names_is_refused():
     _, result = functionalized(made(one_piece_under_two_names), "symbolic")
     assert [r.node for _, r in result.refusals] == ["add_"]
@@ -391,6 +422,29 @@ def test_operators_and_item_assignment_in_a_graph(build):
         result = Pipeline(["functionalize"])(gm)
         assert not result.refusals
         assert not any(is_mutating(n) for n in gm.graph.nodes)
+        assert_same(want, gm(X.clone()))
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        (lambda g: (slice(None), [0, 2]), "index [0, 2] is not followed"),
+        (lambda g: (slice(None), g.get_attr("index"), slice(0, 2)), "the index mixes tensors and slices"),
+        (lambda g: (slice(None), True), "index True is not followed"),
+    ],
+)
+def test_indices_of_item_assignment_that_are_not_followed(index, why):
+    def assigned(g, x):
+        h = g.call_module("conv", (x,))
+        g.call_function(operator.setitem, (h, index(g), 0.5))
+        return h
+
+    given = by_hand(assigned)
+    with torch.no_grad():
+        want = given(X.clone())
+        gm = capture(given).graph_module
+        ((_, refusal),) = Pipeline(["functionalize"])(gm).refusals
+        assert (refusal.reason, refusal.detail) == (Reason.MUTATION, why)
         assert_same(want, gm(X.clone()))
 
 
