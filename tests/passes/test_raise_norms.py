@@ -35,7 +35,15 @@ RMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "divided": lambda x, w: x / torch.sqrt(torch.mean(torch.square(x), dim=1, keepdim=True) + 1e-5) * w,
     "constant first": lambda x, w: x * torch.rsqrt(1e-6 + x.pow(2).mean(-1, keepdim=True)) * w,
     "no weight": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "one over root": lambda x, w: w * (x * (1 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))),
+    "reciprocal": lambda x, w: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6).reciprocal() * w,
+    "power": lambda x, w: w * (x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)),
+    "divided by power": lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.5 * w,
 }
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
 
 
 class Model(nn.Module):
@@ -54,6 +62,50 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.behind(self.norm[0](self.front(x), self.weight))
         return y
+
+
+LAYER: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "variance": lambda x, w, b: centred(x) / torch.sqrt(x.var(-1, False, True) + 1e-6) * w + b,
+    "correction": lambda x, w, b: (
+        b + centred(x) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-6) * w
+    ),
+    "in two steps": lambda x, w, b: (
+        centred(x) / (centred(x).pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w + b
+    ),
+    "no bias": lambda x, w, b: w * (centred(x) / (centred(x).pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.5),
+    "no weight": lambda x, w, b: centred(x) * torch.rsqrt(centred(x).square().mean(-1, keepdim=True) + 1e-6),
+    "bias alone": lambda x, w, b: centred(x) * torch.rsqrt(x.var(-1, False, keepdim=True) + 1e-6) + b,
+}
+
+
+class WithBias(Model):
+    """The same with a layer norm, which has a bias too."""
+
+    def __init__(self, name: str, values: tuple[float, ...]) -> None:
+        super().__init__(lambda x, w: x, values)
+        self.name, self.shift = name, nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(LAYER[self.name](self.front(x), self.weight, self.shift))
+        return y
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (1.0, -2.0, 0.5)])
+@pytest.mark.parametrize("name", LAYER)
+def test_layer_norms(name: str, values: tuple[float, ...]) -> None:
+    """Constants go: zeros for one statistic, others for two."""
+    width = 6 + (values[0] != 0)
+    check(WithBias(name, values), (X,), kept={"front.weight": (5, 6), "behind.weight": (5, width)})
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_form_of_layer_norms(name: str) -> None:
+    gm = fx.symbolic_trace(WithBias(name, (0.0,)).double())
+    x = X.double()
+    wanted = gm(x)
+    assert RaiseNorms([x])(gm).modified
+    assert [n.target for n in gm.graph.nodes if n.op.startswith("call")] == ["front", F.layer_norm, "behind"]
+    torch.testing.assert_close(gm(x), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (1.0, -2.0, 0.5)])
@@ -84,6 +136,14 @@ NEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "no keepdim": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1e-6) * w,
     "scaled": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) * 2 + 1e-6) * w,
     "sqrt": lambda x, w: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+    "two over root": lambda x, w: x * (2 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)) * w,
+    "cube root": lambda x, w: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** 0.33 * w,
+    "unbiased": lambda x, w: centred(x) / torch.sqrt(x.var(-1, keepdim=True) + 1e-6) * w,
+    "variance of another": lambda x, w: centred(x + 1) / torch.sqrt(x.var(-1, False, True) + 1e-6) * w,
+    "not centred": lambda x, w: x / torch.sqrt(x.var(-1, False, True) + 1e-6) * w,
+    "centred by another": lambda x, w: (
+        (x - w.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, False, True) + 1)
+    ),
     "inverse": lambda x, w: torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) / x,
     "alpha": lambda x, w: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1e-6, alpha=2)) * w,
     "eps that varies": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x[:, 4:5].abs()) * w,
