@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
@@ -149,6 +149,22 @@ class AlongAxis(Movement):
 
     def steps(self, call: Call) -> list[Step]:
         return [self.selection(call)]
+
+    def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
+        demand = super().backward(call, live, facts)
+        if self.binds:
+            self._refuse_statistics(call, demand[self.source(call)], facts)
+        return demand
+
+    def _refuse_statistics(self, call: Call, wanted: Tensor, facts: FactTable) -> None:
+        """Say so where a norm's channels stay because they are taken as they are (theory: Lemma N8)."""
+        affine, axis = facts.constancy(self.source(call)).affine, self.selection(call).axis
+        if affine is None or affine.axis != axis:
+            return
+        found = wanted.movedim(axis, -1).flatten(0, -2).any(0) if wanted.dim() > 1 else wanted
+        if bool((found & affine.mask).any()):
+            assert isinstance(affine.norm, fx.Node)
+            facts.refuse(affine.norm, Reason.NOT_LINEAR_IN_NORM, f"{call.node.name} takes a part of it")
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         step, fields = self.selection(call), facts.fields(self.source(call))

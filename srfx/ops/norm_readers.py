@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from srfx.ir.program import Program
 from srfx.lattice.movement import Take, follow
@@ -64,7 +65,11 @@ def _nonlinear(
         return nonlinear_reader(user, axis, program, n_emitted, may_bind)
     if isinstance(rule, Creation):  # of its kind only
         return None
-    return user if program.is_tensor(user) else None
+    return (
+        user
+        if any(isinstance(part, Tensor) for part in pytree.tree_leaves(program.hints.get(user)))
+        else None
+    )
 
 
 def is_part(step: Take, axis: int, n_emitted: int) -> bool:

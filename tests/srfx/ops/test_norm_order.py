@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srfx.ir.plan import Reason
 from tests.helpers import check, kill, randomized
 
 
@@ -56,3 +57,35 @@ def test_a_second_reader_takes_some_of_the_channels(name: str) -> None:
         model = randomized(Parts())
         kill(model.a, dead)
         check(model, (torch.randn(4, 3),), routes=["symbolic"])
+
+
+TUPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "chunk": lambda y: y.chunk(2, 1)[1],
+    "split": lambda y: torch.split(y, [4, 4], 1)[1],
+    "unbind": lambda y: torch.stack(y.unbind(1)[4:], 1),
+    "sort": lambda y: y.sort(1)[0][:, 4:],
+}
+
+
+@pytest.mark.parametrize("name", TUPLES)
+def test_a_second_reader_returns_a_tuple(name: str) -> None:
+    """It takes no statistic in a place of a channel, though it reads nothing of that channel: the norm is closed."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b, self.c = (
+                nn.Linear(3, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 4),
+                nn.Linear(4, 4),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.a(x))
+            return self.b(y) + self.c(TUPLES[name](y))
+
+    model = randomized(Parts())
+    kill(model.a, [1, 4, 7])
+    kill(model.c, columns=[0])
+    check(model, (torch.randn(4, 3),), kept={"a.weight": (8, 3)}, reasons=[Reason.NOT_LINEAR_IN_NORM])
