@@ -20,6 +20,7 @@ from srfx.lattice.movement import Fields
 from srfx.ops.attention import Matmul
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import Demand, FactTable, collapse
+from srfx.ops.norm import LayerNorm
 from srfx.ops.recurrent import Recurrent
 from srfx.ops.rule import Effect
 
@@ -70,6 +71,7 @@ class Explainer:
         assert facts.demanded is not None
         self.facts, self.sites, self.left = facts, sites, dict.fromkeys(left)
         classes = facts.classes
+        self._nonlinear = {r.node: r.detail for r in facts.refusals if r.reason is Reason.NOT_LINEAR_IN_NORM}
         self._pins = self._pinned()
         self._implied = dataclasses.replace(classes, blocks=()).close(facts.demanded)
         self._blocks = dataclasses.replace(classes, multiple_of=1).close(facts.demanded)
@@ -198,6 +200,12 @@ class Explainer:
             rule = rule.rule(call)
         if isinstance(rule, Recurrent) and rule.refused(call) is None:
             self._note_recurrent(site, demand, found)
+        if isinstance(rule, LayerNorm) and site.node.name in self._nonlinear:
+            x = rule.x(call)
+            still = demand[x] & ~facts.constancy(x).varies.cpu() if x in demand else None
+            detail = f"{_op(site)} sees {_name(x)}, {self._nonlinear[site.node.name]}"
+            for label in self._labels(x, still) if still is not None else ():
+                _note(found, label, 0, Why(Reason.NOT_LINEAR_IN_NORM.name, site.node.name, detail))
         if not isinstance(rule, Contraction) or rule.refused(call) is not None:
             return
         x = rule.x(call)

@@ -353,3 +353,14 @@ def test_a_product_has_no_place_for_a_bias() -> None:
     found = probe(model, torch.randn(6, 3))
     assert found.n_removable == 2
     assert {left.reason for left in found.leftovers} == {"SHARED_WEIGHT"}
+
+
+def test_constants_of_a_norm_whose_reader_is_not_linear() -> None:
+    model = randomized(nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2)))
+    kill(model[0], [1, 3])
+    found = probe(model, torch.randn(6, 3))
+    assert {left.reason for left in found.leftovers} <= {"NOT_LINEAR_IN_NORM"}
+    kill(model[3], columns=[1, 3])
+    found = probe(model, torch.randn(6, 3))
+    assert found.n_removable > 0
+    assert not found.leftovers
