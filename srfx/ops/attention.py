@@ -148,7 +148,10 @@ class Matmul(Product):
         return super() if self.linear.refused(call) is not None else self.linear  # type: ignore[return-value]
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
-        return self.rule(call).label(call, labels)
+        rule, reason = self.rule(call), self.linear.refused(call)
+        if reason in (Reason.UNSUPPORTED_DTYPE, Reason.NON_FINITE):  # as a product only zeros go
+            labels.refuse(call.node, reason)
+        return rule.label(call, labels)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         return self.rule(call).forward(call, facts)

@@ -168,6 +168,32 @@ def test_complex_parameters(route: str) -> None:
     assert_stays_right(model, images(), route)
 
 
+class ComplexProduct(nn.Module):
+    """A product with a complex matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Linear(6, 8)
+        self.matrix = nn.Parameter(torch.randn(8, 3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.front(x).to(torch.complex64) @ self.matrix).abs()
+
+
+@pytest.mark.parametrize("route", ["symbolic", "export"])
+def test_a_complex_matrix_is_named(route: str) -> None:
+    model = randomized_real(ComplexProduct())
+    kill(model.front, [1, 5])
+    with torch.no_grad():
+        model.front.bias[5] = 0
+    x = torch.randn(2, 6)
+    small = srfx.minimize(trace(model, (x,), route), (x,))
+    torch.testing.assert_close(small(x), model(x))
+    assert tuple(small.front.weight.shape) == (7, 6)  # as a product of values: what is zero goes
+    named = [(r.node, r.reason) for r in srfx.report(small).refusals if r.node == "matmul"]
+    assert named == [("matmul", "UNSUPPORTED_DTYPE")]
+
+
 class IntegerTable(nn.Module):
     """An integer buffer that permutes, an integer parameter that scales."""
 
@@ -213,6 +239,24 @@ def test_quantized_modules_are_barriers() -> None:
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x))
     assert list(srfx.report(small).unknown_ops.values()) == [1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamically_quantized_layers_are_named() -> None:
+    """Fake tensors cannot run them: they and what stands behind them are refused for their packed weights."""
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("no quantized engine on this machine")
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    packed = torch.ao.quantization.quantize_dynamic(layers, {nn.Linear})
+    model = randomized(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), packed))
+    kill(model[0], [1, 4])
+    x = torch.randn(5, 6)
+    small = srfx.minimize(fx.symbolic_trace(model), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+    assert tuple(small.get_submodule("0").weight.shape) == (6, 6)  # what lies before them shrinks
+    found = {r.node: r.reason for r in srfx.report(small).refusals}
+    assert found == dict.fromkeys(["_3_0", "_3_1", "_3_2"], "UNSUPPORTED_DTYPE")
 
 
 # --- tensors without values ---------------------------------------------------------------------------
