@@ -153,9 +153,8 @@ class Stack(OpRule):
         for a in {a: None for f in parts for a in f}:
             held = [f[a] for f in parts if a in f]
             if len(held) == len(parts):
-                found = _cat(held, axis)
-                same = bool((found == found.narrow(axis, 0, 1)).all())
-                joined[a] = found.narrow(axis, 0, 1) if same else found
+                # full along the new axis even where the labels agree: constants may differ from operand to operand
+                joined[a] = _cat(held, axis)
             else:
                 for found in held:
                     labels.table.pin(found, call.node.name, Reason.UNTRACKED_AXIS.name)

@@ -106,6 +106,15 @@ def test_dense_block() -> None:
         check(masked(randomized(Dense(), seed), seed), (X,), others=[OTHER])
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_stack_of_different_constants(axis: int) -> None:
+    """Two constants of one channel stand side by side: the reader of the flattened stack takes both."""
+    front, back = nn.Conv2d(3, 6, 1), nn.Conv2d(12, 4, 1)
+    model = Sandwich(front, lambda x: torch.stack([x, 2 * x + 1], axis).flatten(1, 2), back)
+    kill(randomized(model).front, [0, 4])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (4, 3, 1, 1), "back.weight": (4, 8, 1, 1)})
+
+
 @pytest.mark.parametrize("axis", [1, 2, -1])
 def test_stack(axis: int) -> None:
     model = Branches(lambda a, b: torch.stack([a, b], axis).mean(axis), nn.Conv2d(6, 4, 1))
