@@ -18,7 +18,7 @@ from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Regroup, Shape, Step, Take
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.lookup import Lookup
-from srfx.ops.movement import AlongAxis, _axis
+from srfx.ops.movement import AlongAxis, _axis, original
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
 from srfx.ops.sizes import index_instead, is_range, positions, set_argument
@@ -69,7 +69,10 @@ class GetItem(AlongAxis):
             return {}
         parsed = self._parse(call)
         if parsed is None:
-            return self._unparsed(call).label(call, labels)
+            rule = self._unparsed(call)
+            if rule is self.opaque:
+                labels.refuse(call.node, Reason.UNRECOGNISED_CALL)
+            return rule.label(call, labels)
         source = self.source(call)
         fields = dict(labels.of(source))
         fields = self.known_fields(call, labels, fields)
@@ -299,7 +302,7 @@ def _constant_index(call: Call, raw: Any) -> Any:
     """An entry of an index with sizes as numbers and constant positions as a tensor [n]; other tensors stay nodes."""
     if isinstance(raw, list) and raw and all(type(r) is int for r in raw):
         return torch.tensor(raw)
-    value = call.as_value(raw)
+    value = original(call, call.as_value(raw))
     if value is None:
         plain = call.hint(raw)
         return call.node if isinstance(plain, list) else plain  # a list of anything else is not followed
@@ -309,7 +312,7 @@ def _constant_index(call: Call, raw: Any) -> Any:
     return raw if isinstance(raw, fx.Node) else call.node
 
 
-@op_rule(aten.index.Tensor)
+@op_rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 class IndexTensor(GetItem):
     """x[:, index] as export spells it: None for the axes that are taken whole."""
 

@@ -1,4 +1,4 @@
-"""Lookup by computed positions: gather, and indexing by one tensor of positions (theory: Lemma T1).
+"""Lookup by computed positions: gather, and indexing by tensors of positions (theory: Lemma T1).
 
 The axis that is looked up keeps all its positions, since any of them may be asked for; channels of the other axes
 pass, and a channel that is one constant at every position is that constant wherever it is read.
@@ -134,67 +134,78 @@ def _without(fields: Fields, axis: int, labels: Labeller) -> Fields:
 
 
 class Lookup(OpRule):
-    """y = x[:, index, :] with a tensor of positions of any rank, which takes the place of the axis.
+    """y = x[:, i, j, :] with tensors of positions of any rank, whose joint shape takes the place of their axes.
 
     Not registered: indexing (`srfx.ops.indexing`) hands the calls over that are no fixed selection.
     """
 
-    def site(self, call: Call) -> tuple[int, Value] | None:
-        """The axis and the tensor of positions; None for any other index."""
+    def site(self, call: Call) -> tuple[int, list[Value]] | None:
+        """The first of the axes, which follow one another, and the tensors of positions; None for any other index."""
         raw = call.bound.get("indices", call.bound.get("index"))
         entries = list(raw) if isinstance(raw, (list, tuple)) else [raw]
-        tensors = [(axis, e) for axis, e in enumerate(entries) if isinstance(e, (fx.Node, Tensor))]
-        if len(tensors) != 1 or any(
-            e is not None and e != slice(None) for e in entries if e is not tensors[0][1]
-        ):
+        axes = [axis for axis, e in enumerate(entries) if isinstance(e, (fx.Node, Tensor))]
+        if not axes or axes != list(range(axes[0], axes[0] + len(axes))):
             return None
-        if any(e is None for e in entries) and "indices" not in call.bound:
+        others = [e for axis, e in enumerate(entries) if axis not in axes]
+        if any(e is not None and e != slice(None) for e in others):
+            return None
+        if any(e is None for e in others) and "indices" not in call.bound:
             return None  # None makes a new axis in Python's indexing, and takes a whole one in ATen's
-        axis, raw = tensors[0]
-        index = call.as_value(raw)
-        hint = getattr(index, "tensor", None) if not isinstance(index, fx.Node) else call.program.hints[index]
-        if index is None or hint is None or hint.dtype not in _POSITIONS or hint.dtype == torch.uint8:
-            return None
-        return axis, index
+        found = [call.as_value(entries[axis]) for axis in axes]
+        indices = [index for index in found if index is not None and self._holds_positions(call, index)]
+        return (axes[0], indices) if len(indices) == len(axes) else None
+
+    def _holds_positions(self, call: Call, index: Value) -> bool:
+        hint = call.program.hints[index] if isinstance(index, fx.Node) else index.tensor
+        return hint.dtype in _POSITIONS and hint.dtype != torch.uint8
 
     def _source(self, call: Call) -> Value:
         value = call.value("input")
         assert value is not None
         return value
 
-    def _site(self, call: Call) -> tuple[int, Value]:
+    def _site(self, call: Call) -> tuple[list[int], list[Value], int]:
+        """The axes, the tensors of positions, and how many axes take their place."""
         found = self.site(call)
         assert found is not None
-        return found
+        axis, indices = found
+        return (
+            list(range(axis, axis + len(indices))),
+            indices,
+            max(len(call.shape(index)) for index in indices),
+        )
 
     def _spread(self, call: Call, t: Tensor) -> Tensor:
-        """A layout tensor of the source, of size 1 along the axis, as one of the result."""
-        axis, index = self._site(call)
-        return t.reshape(*t.shape[:axis], *(1 for _ in call.shape(index)), *t.shape[axis + 1 :])
+        """A layout tensor of the source, of size 1 along the axes, as one of the result."""
+        axes, _, rank = self._site(call)
+        return t.reshape(*t.shape[: axes[0]], *(1,) * rank, *t.shape[axes[-1] + 1 :])
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
-        axis, index = self._site(call)
-        source, more = self._source(call), len(call.shape(index)) - 1
-        labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, [axis])
-        labels.pin(index, call.node.name, Reason.DATA_DEPENDENT)
-        fields = _without(labels.of(source), axis, labels)
-        return {a if a < axis else a + more: self._spread(call, f) for a, f in fields.items()}
+        axes, indices, rank = self._site(call)
+        source, more = self._source(call), rank - len(axes)
+        labels.pin(source, call.node.name, Reason.DATA_DEPENDENT, axes)
+        for index in indices:
+            labels.pin(index, call.node.name, Reason.DATA_DEPENDENT)
+        fields = dict(labels.of(source))
+        for axis in axes:
+            fields = _without(fields, axis, labels)
+        return {a if a < axes[0] else a + more: self._spread(call, f) for a, f in fields.items()}
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        axis, _ = self._site(call)
+        axes, _, _ = self._site(call)
         c = facts.constancy(self._source(call))
-        c = c.settle(set(range(c.value.dim())) - {axis})
+        c = c.settle(set(range(c.value.dim())) - set(axes))
         return Constancy(self._spread(call, c.varies), self._spread(call, c.value))
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
-        axis, index = self._site(call)
-        source, rank = self._source(call), len(call.shape(index))
-        facts.refuse_constants(call.node, source, [axis], Reason.DATA_DEPENDENT)
-        wanted = live.any(tuple(range(axis, axis + rank)), keepdim=True) if rank else live.unsqueeze(axis)
-        wanted = wanted.reshape(*wanted.shape[:axis], 1, *wanted.shape[axis + max(rank, 1) :])
+        axes, indices, rank = self._site(call)
+        source, first = self._source(call), axes[0]
+        facts.refuse_constants(call.node, source, axes, Reason.DATA_DEPENDENT)
+        wanted = live.any(tuple(range(first, first + rank)), keepdim=True) if rank else live
+        wanted = wanted.reshape(*wanted.shape[:first], *(1 for _ in axes), *wanted.shape[first + rank :])
         layout = facts.layout(source)
-        return {
-            source: collapse(wanted & torch.ones(layout, dtype=torch.bool), layout),
-            index: torch.ones((1,) * rank, dtype=torch.bool),
-        }
+        demand: Demand = {source: collapse(wanted & torch.ones(layout, dtype=torch.bool), layout)}
+        for index in indices:
+            demand[index] = torch.ones((1,) * len(call.shape(index)), dtype=torch.bool)
+        return demand

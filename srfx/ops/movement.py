@@ -181,6 +181,17 @@ class AlongAxis(Movement):
         return [index_instead(call, call["input"], axis, index)]
 
 
+_COPIES = (torch.clone, "clone", aten.clone.default, aten.lift_fresh_copy.default)
+
+
+def original(call: Call, value: Value | None) -> Value | None:
+    """What a value is a copy of, where nothing else could write into the copy: an export clones its constants."""
+    while isinstance(value, fx.Node) and value.target in _COPIES and len(value.users) == 1:
+        source = value.args[0] if value.args else None
+        value = call.program.value(source) if isinstance(source, fx.Node) else None
+    return value
+
+
 def tensor_of(value: Any) -> Tensor | None:
     """The constant tensor behind a parameter value."""
     tensor = getattr(value, "tensor", None)

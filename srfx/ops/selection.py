@@ -15,7 +15,7 @@ from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Regroup, Step, Take
 from srfx.nn.selection import select
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
-from srfx.ops.movement import AlongAxis, _axis, _flatten_ties
+from srfx.ops.movement import AlongAxis, _axis, _flatten_ties, original
 from srfx.ops.registry import op_rule
 from srfx.ops.sizes import is_range, positions, set_argument
 
@@ -30,7 +30,7 @@ class IndexSelect(AlongAxis):
     signature: tuple[str, ...] = ("input", "dim", "index")
 
     def index(self, call: Call) -> Tensor | None:
-        value = call.value("index")
+        value = original(call, call.value("index"))
         tensor = getattr(value, "tensor", None)
         return tensor if isinstance(tensor, Tensor) else None
 

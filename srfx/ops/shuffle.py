@@ -92,6 +92,23 @@ class Flip(Movement):
         ]
 
 
+@op_rule(torch.rot90, "rot90", aten.rot90.default)
+class Rot90(Movement):
+    """k quarter turns in the plane of two axes: flips, and for odd k the axes change places."""
+
+    signature: tuple[str, ...] = ("input", "k", "dims")
+
+    def steps(self, call: Call) -> list[Step]:
+        shape, k = call.shape(self.source(call)), call.get("k", 1) % 4
+        a, b = (_axis(d, len(shape)) for d in call.get("dims", (0, 1)))
+        flipped = {0: (), 1: (b,), 2: (a, b), 3: (a,)}[k]
+        steps: list[Step] = [Take(d, torch.arange(shape[d]).flip(0), shape[d]) for d in flipped]
+        order = list(range(len(shape)))
+        if k % 2:
+            order[a], order[b] = b, a
+        return [*steps, Permute(tuple(order))]
+
+
 @op_rule(torch.roll, "roll", aten.roll.default)
 class Roll(AlongAxis):
     """roll along axes; a rolled channel axis that loses channels becomes an index_select."""
