@@ -164,8 +164,13 @@ def _candidates(facts: FactTable, sites: list[Site], plan: Plan) -> list[OpenPor
 
 
 def _is_one_vector(facts: FactTable, node: fx.Node, axis: int) -> bool:
-    """Whether the axis has one set of channels, alike along every other axis."""
+    """Whether the axis has one set of channels, alike along every other axis.
+
+    Channels that are there several times (heads of every picture of a batch) stand on an axis of run-time size.
+    """
     fields = facts.fields(node)
+    if axis in fields and fields[axis].unique().numel() != facts.program.shape(node)[axis]:
+        return False
     if axis in fields and fields[axis].numel() != fields[axis].shape[axis]:
         return False
     return all(f.shape[axis] == 1 for a, f in fields.items() if a != axis)

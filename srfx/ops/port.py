@@ -76,8 +76,11 @@ class Rewired(Movement):
         own = labels.table.fresh(call.out_shape[axis])
         fields = dict(labels.of(self.source(call)))
         if not self.absorbs(call) and axis in fields:  # a channel that is kept has to come from somewhere
-            source = fields[axis].flatten()
-            labels.table.imply(own, labels.bound(source) if self.is_bound(call) else source)
+            source = fields[
+                axis
+            ]  # of several vectors where another port made blocks of it: each has the channel
+            bound = labels.bound(source.flatten()).view(source.shape) if self.is_bound(call) else source
+            labels.table.imply(own.view([-1 if a == axis else 1 for a in range(rank)]), bound)
         fields[axis] = own.view([-1 if a == axis else 1 for a in range(rank)])
         for name in ("index", "template"):
             value = call.value(name)

@@ -270,7 +270,7 @@ def test_an_operand_that_is_written_in_place_is_refused() -> None:
     )
 
 
-def test_a_port_behind_another_that_would_make_blocks_is_refused() -> None:
+def test_channels_that_a_view_puts_side_by_side_several_times_are_refused() -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,7 +285,27 @@ def test_a_port_behind_another_that_would_make_blocks_is_refused() -> None:
     x = torch.randn(2, 4, 5)
     check(model, (x,), others=[(torch.randn(3, 4, 5),)], ragged=True)
     refused = srfx.plan(minimize(model, x.double(), ragged=True)).refusals
-    assert any(r.reason == "BLOCK_COUNT" and "behind another port" in r.detail for r in refused)
+    assert any(r.reason == "BLOCK_COUNT" and "has blocks" in r.detail for r in refused)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.attention = nn.Linear(5, 6), nn.MultiheadAttention(6, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.front(x)
+        return y + self.attention(y, y, y, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("route", ["export", "decomposed"])
+def test_heads_on_the_axis_of_the_batch_are_no_channels_to_select(route: str) -> None:
+    """torch.export puts heads and batch into one axis, which is longer where the batch is."""
+    model = randomized(Attends())
+    with torch.no_grad():
+        model.attention.in_proj_weight[[0, 1, 2, 3, 11, 13]] = 0
+        model.attention.in_proj_bias[[0, 1, 2, 3, 11, 13]] = 0
+    check(model, (torch.randn(2, 4, 5),), others=[(torch.randn(3, 4, 5),)], ragged=True, routes=[route])
 
 
 def test_spread_of_no_channel() -> None:
