@@ -150,11 +150,15 @@ class Stack(OpRule):
             {_past(a, axis): f.unsqueeze(axis) for a, f in labels.of(v).items()} for v in self.parts(call)
         ]
         joined: Fields = {}
-        for a in {a: None for f in parts for a in f}:
+        axes = {a: None for f in parts for a in f}
+        for a in axes:
             held = [f[a] for f in parts if a in f]
             if len(held) == len(parts):
-                # full along the new axis even where the labels agree: constants may differ from operand to operand
                 joined[a] = _cat(held, axis)
+                if len(axes) > 1 and bool((joined[a] == joined[a].narrow(axis, 0, 1)).all()):
+                    # of heads: rows that differ need equal counts; of one vector of channels the axis stays in
+                    # full, for constants may differ from operand to operand
+                    joined[a] = joined[a].narrow(axis, 0, 1)
             else:
                 for found in held:
                     labels.table.pin(found, call.node.name, Reason.UNTRACKED_AXIS.name)
