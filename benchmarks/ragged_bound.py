@@ -2,6 +2,7 @@
 
     python -m benchmarks.ragged_bound                  all models; writes benchmarks/results/ragged_bound.json
     python -m benchmarks.ragged_bound gpt2 resnet18    some
+    python -m benchmarks.ragged_bound --resume         go on behind the models that the file has already
 
 The bound shares nothing with srfx: it runs the network.  It knows where zeros stand, not what the other numbers are:
 under random inputs, and several draws of values and signs of the nonzero parameters, a channel *varies* if its values
@@ -249,17 +250,20 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", default=list(zoo.NAMES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the file that was begun")
     given = parser.parse_args()
-    rows = []
+    path = given.json
+    if path is None and given.names == list(zoo.NAMES):
+        path = Path(__file__).parent / "results" / "ragged_bound.json"
+    rows = json.loads(path.read_text())["rows"] if given.resume and path is not None and path.exists() else []
     for name in given.names:
+        if any(row["model"] == name for row in rows):
+            continue
         rows.append(measure(name))
         print(text(rows[-1]), flush=True)
-    path = given.json
-    if path is None and len(rows) == len(zoo.NAMES):
-        path = Path(__file__).parent / "results" / "ragged_bound.json"
-    if path is not None:
-        found = {"machine": machine("torchvision", "transformers"), "rows": rows}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        if path is not None:
+            found = {"machine": machine("torchvision", "transformers"), "rows": rows}
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

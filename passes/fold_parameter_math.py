@@ -28,7 +28,7 @@ _MOVEMENT = frozenset(
         "getitem", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "contiguous", "clone",
         "detach", "alias", "to", "float", "half", "double", "bfloat16", "type", "type_as", "_to_copy",
         "cat", "concat", "concatenate", "stack", "roll", "flip", "lift_fresh_copy", "embedding", "gather",
-        "take", "repeat", "tile", "repeat_interleave", "getattr", "data",
+        "take", "take_along_dim", "repeat", "tile", "repeat_interleave", "getattr", "data",
     ]
 )  # fmt: skip
 # Movement that takes a shape or dtype from another tensor: it would keep that tensor alive, so it is folded

@@ -20,21 +20,30 @@ def one_run_s(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
+def turns_s(
+    runs: Sequence[Callable[[], object]], device: str = "cpu", n_rounds: int = 15, limit_s: float = 3.0
+) -> list[list[float]]:
+    """Seconds of each call in each turn: ``n_rounds`` of them, or as many as fit in ``limit_s`` seconds, at least three.
+
+    Every other turn goes backwards, so that none always follows the same one.
+    """
+    found: list[list[float]] = []
+    end = time.perf_counter() + limit_s
+    while len(found) < 3 or (len(found) < n_rounds and time.perf_counter() < end):
+        order = range(len(runs)) if len(found) % 2 == 0 else reversed(range(len(runs)))
+        turn = {i: one_run_s(runs[i], device) for i in order}
+        found.append([turn[i] for i in range(len(runs))])
+    return found
+
+
 def best_s(
     runs: Sequence[Callable[[], object]], device: str = "cpu", n_rounds: int = 15, limit_s: float = 3.0
 ) -> list[float]:
-    """The least seconds of each of several calls, called in turn for ``n_rounds`` rounds, or for ``limit_s`` seconds.
+    """The least seconds of each of several calls, called in turn (`turns_s`).
 
     Example:
         >>> short, long = best_s([lambda: None, lambda: time.sleep(0.001)], n_rounds=3)
         >>> short < long
         True
     """
-    found = [float("inf")] * len(runs)
-    end = time.perf_counter() + limit_s
-    for n in range(n_rounds):
-        for i, run in enumerate(runs):
-            found[i] = min(found[i], one_run_s(run, device))
-        if n >= 2 and time.perf_counter() > end:
-            break
-    return found
+    return [min(times) for times in zip(*turns_s(runs, device, n_rounds, limit_s), strict=True)]

@@ -135,6 +135,22 @@ def test_pure_movement_is_not_folded(route):
     assert not refusals
 
 
+def test_a_table_that_is_taken_for_each_head_is_stored_once():
+    """Rotary tables of heads that keep different lanes: the index is stored, not what it takes for every position."""
+
+    def forward(self, x):
+        table = (self.buffer_f * self.buffer_t).cos()  # [1, T, D]
+        return x * torch.take_along_dim(table.unsqueeze(1), self.buffer_i, 3)
+
+    index = torch.tensor([[0, 2, 3], [1, 4, 5]]).view(1, 2, 1, 3)
+    model = module(
+        forward, buffer_f=torch.rand(1, 1, 6), buffer_t=torch.arange(7.0).view(1, 7, 1), buffer_i=index
+    )
+    gm, edits, _ = folded(model, "export", torch.randn(4, 2, 7, 3, dtype=torch.float64))
+    assert [tuple(e.value.shape) for e in edits] == [(1, 7, 6)]
+    assert sum(t.numel() for t in gm.state_dict().values()) == 7 * 6 + 6
+
+
 @routes
 def test_movement_after_arithmetic_stays_and_before_it_is_folded_in(route):
     model = module(

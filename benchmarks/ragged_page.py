@@ -1,0 +1,67 @@
+"""Put the numbers of benchmarks/results/ragged_bound.json and ragged_speed.json into the tables of docs/ragged.md.
+
+    python -m benchmarks.ragged_page
+
+A table stands between two comments that name it; a file that is not there leaves its table as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "ragged.md"
+
+
+def bound_table(rows: list[dict[str, Any]]) -> str:
+    """Shares of the parameters, one line for each model."""
+    lines = [
+        "| model | parameters | aligned | ragged | with indices | bound | over it |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        counts = [row["aligned"], row["ragged"], row["ragged"] + row["indices"], row["bound"]]
+        shares = " | ".join(f"{n / row['before']:.1%}".replace("%", " %") for n in counts)
+        over = f"{row['over_bound']:+.1%}".replace("%", " %")
+        lines.append(f"| {row['model']} | {row['before'] / 1e6:.2f} M | {shares} | {over} |")
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Times relative to aligned, one line for each model: eager and compiled, batch 1 and 8."""
+    kinds = [(is_compiled, batch) for is_compiled in (False, True) for batch in (1, 8)]
+    heads = [f"{'compiled' if c else 'eager'}, batch {b}" for c, b in kinds]
+    lines = [f"| model | result | {' | '.join(heads)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
+    found = {(r["model"], r["compiled"], r["batch"]): r["ratio"] for r in rows}
+    for model in dict.fromkeys(r["model"] for r in rows):
+        for way in ("ragged", "auto"):
+            ratios = [found.get((model, *kind)) for kind in kinds]
+            cells = " | ".join("" if r is None else f"{r[way]:.2f}" for r in ratios)
+            lines.append(f"| {model} | {way} | {cells} |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """The page with another table of this name."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, is_closed, after = rest.partition(end)
+    if not found or not is_closed:
+        raise ValueError(f"{PAGE.name} has no place for the table {name!r}: {begin!r} .. {end!r}")
+    return before + begin + table + end + after
+
+
+def main() -> None:
+    """Rewrite the page."""
+    text = PAGE.read_text()
+    for name, make in (("ragged_bound", bound_table), ("ragged_speed", speed_table)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            text = replaced(text, name, make(json.loads(path.read_text())["rows"]))
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
