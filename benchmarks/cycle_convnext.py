@@ -23,7 +23,7 @@ from torch import Generator, Tensor, fx, nn
 from torch.nn import functional as F
 
 import srfx
-from benchmarks.cycle.history import Step, as_data, count, machine, plot, table, write
+from benchmarks.cycle.history import Step, as_data, count, machine, plot, ragged, table, write
 from benchmarks.cycle.images import as_colour, jitter
 from benchmarks.cycle.pruner import LeastMissed
 from benchmarks.cycle.training import Phase, accuracy, train
@@ -165,6 +165,7 @@ def main() -> None:
                 name: asdict(how) for name, how in (("dense", DENSE), ("cycle", CYCLE), ("last", LAST))
             },
             "runs": as_data(runs),
+            "ragged": ragged(model, EXAMPLE),
             "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         },
     )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import srfx
-from benchmarks.cycle.history import Step, as_data, count, machine, plot, table, write
+from benchmarks.cycle.history import Step, as_data, count, machine, plot, ragged, table, write
 from benchmarks.cycle.pruner import LeastMissed
 from benchmarks.cycle.training import decayed
 
@@ -310,6 +310,7 @@ def report(
             "most_of_an_axis": MOST_OF_AN_AXIS,
             "taught": TAUGHT,
             "runs": as_data(runs),
+            "ragged": ragged(cycle.best, EXAMPLE),
             "shapes": {name: list(p.shape) for name, p in cycle.best.named_parameters()},
         },
     )

@@ -14,6 +14,8 @@ import matplotlib
 import torch
 from torch import nn
 
+import srfx
+
 matplotlib.use("Agg")  # writes a file; asks for no screen
 
 from matplotlib import pyplot as plt
@@ -35,6 +37,19 @@ class Step:
 def count(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def ragged(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """What ``ragged=True`` takes beyond the aligned result: parameters before and after, and its indices.
+
+    The indices and constants that it stores are counted in units of 4 bytes, as many as a parameter takes.
+    """
+    small = srfx.minimize(model, example, ragged=True)
+    created = set(srfx.report(small).created)
+    stored = sum(b.numel() * b.element_size() for name, b in small.named_buffers() if name in created)
+    found = {"aligned": count(model), "ragged": count(small), "indices": stored // 4}
+    print(f"ragged: {found['aligned']:,} parameters, {found['ragged']:,} and {found['indices']:,} of indices")
+    return found
 
 
 def machine(*packages: str) -> dict[str, Any]:
