@@ -153,8 +153,10 @@ def test_route_of_tracing_does_not_matter(program: Program) -> None:
     """Traced by torch.fx or exported, the same sizes stay.
 
     Dropout between layers lives on in a traced model, where it lets nothing but zeros pass (theory: E5, A2), and is
-    gone from one that was exported in eval mode; so there is none here.
+    gone from one that was exported in eval mode; so there is none here.  Nor is there an op that torch.fx does not look
+    into, but torch.export does.
     """
+    assume("library.odd" not in program.source)
     case = case_of(program)
     holds(assert_varies, case)
     for module in case.model.modules():
