@@ -15,24 +15,25 @@ class Mutation(NamedTuple):
 
 
 OPS = "tests/srfx/ops/test_"
-CONTRACTION = (OPS + "contraction.py", "tests/test_holes.py", "tests/srfx/test_minimize.py")
+CONTRACTION = (OPS + "contraction.py", OPS + "conv.py", "tests/test_holes.py", "tests/srfx/test_minimize.py")
 NORM = (
     OPS + "norm.py",
     OPS + "norm_outputs.py",
     OPS + "norm_streams.py",
     "tests/property/test_norm_stacks.py",
 )
-ELEMENTWISE = (OPS + "elementwise.py", "tests/test_holes.py")
+ELEMENTWISE = (OPS + "elementwise.py", OPS + "pointwise.py", "tests/test_holes.py")
 ATTENTION = (OPS + "attention.py", "tests/test_holes.py")
 RECURRENT = (OPS + "recurrent.py",)
+MOVEMENT = (OPS + "movement.py", OPS + "views.py", OPS + "indexing.py")
 LATTICE = (
     "tests/property/test_lattice_laws.py",
     OPS + "attention.py",
-    OPS + "movement.py",
+    *MOVEMENT,
     "tests/test_holes.py",
 )
-SPATIAL = ("tests/srfx/test_reasons.py", OPS + "spatial.py", "tests/test_holes.py")
-GENERAL = ("tests/srfx/test_minimize.py", "tests/test_holes.py", OPS + "contraction.py")
+SPATIAL = ("tests/srfx/test_reasons.py", OPS + "spatial.py", OPS + "reduction.py", "tests/test_holes.py")
+GENERAL = ("tests/srfx/test_minimize.py", "tests/test_holes.py", OPS + "contraction.py", OPS + "conv.py")
 
 MUTATIONS = (
     # contractions
@@ -68,13 +69,13 @@ MUTATIONS = (
              "if bool(facts.constancy(value).varies.cpu().all()):", ELEMENTWISE),
     # reductions, spatial ops, lookups
     Mutation("srfx/ops/reduction.py", "scale = facts.count(fields, axis) / shape[axis] if self.divides else 1.0", "scale = 1.0",
-             (OPS + "reduction.py", OPS + "contraction.py")),
+             (OPS + "reduction.py", OPS + "contraction.py", OPS + "conv.py")),
     Mutation("srfx/ops/reduction.py", "return live & (~absorbed.cpu() | facts.kept_channels(source))",
              "return live & ~absorbed.cpu()", (OPS + "reduction.py", "tests/test_holes.py")),
     Mutation("srfx/ops/reduction.py", "gone = ~facts.is_kept(fields[axis]) & ~c.varies", "gone = ~c.varies",
              (OPS + "reduction.py", "tests/test_holes.py")),
     Mutation("srfx/ops/reduction.py", "labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])", "pass",
-             ("tests/srfx/test_reasons.py", OPS + "elementwise.py")),
+             ("tests/srfx/test_reasons.py", OPS + "elementwise.py", OPS + "pointwise.py")),
     Mutation("srfx/ops/spatial.py", "return _zero(call.get(\"padding\", 0)) or not call.get(\"count_include_pad\", True)",
              "return True", SPATIAL),
     Mutation("srfx/ops/spatial.py", "        labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, spatial)\n", "", SPATIAL),
@@ -135,7 +136,7 @@ MUTATIONS = (
     Mutation("passes/compact_channels.py", "        *_restore(facts),\n", "", GENERAL),
     Mutation("passes/compact_channels.py", "torch.where(varies, place, place[varies][:1]", "torch.where(kept, place, place[varies][:1]",
              GENERAL),
-    Mutation("passes/compact_channels.py", "        *frozen,\n", "", (OPS + "movement.py", *GENERAL)),
+    Mutation("passes/compact_channels.py", "        *frozen,\n", "", (*MOVEMENT, *GENERAL)),
     Mutation("passes/decompose_attention.py", "causal = is_set(\"is_causal\") and not is_set(\"need_weights\")", "causal = False",
              ("tests/passes/test_decompose_attention.py",)),
 )  # fmt: skip

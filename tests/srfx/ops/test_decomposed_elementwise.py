@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from srfx.minimize import minimize
 from tests.helpers import relative_error, shapes
-from tests.srfx.ops.test_elementwise import (
+from tests.srfx.ops.test_pointwise import (
     FUNCTIONS,
     KEPT,
     MODULES,

@@ -1,9 +1,8 @@
-"""Embeddings and lookups: columns are channels, rows are positions that stay."""
+"""Embeddings: columns are channels, rows are positions that stay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -147,108 +146,6 @@ def test_max_norm_is_a_barrier() -> None:
     model = Tokens(lambda w, i: F.embedding(i, w, max_norm=1.0))
     kill(model.mid, columns=[0])
     check(model, (IDS,), kept={"embed.weight": (V, C)}, routes=("symbolic",))
-
-
-# ---------------------------------------------------------------------- lookups along other axes
-def test_gather_along_tokens_keeps_channels_apart() -> None:
-    class Gathered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.front, self.back = nn.Linear(4, C), nn.Linear(C, 3)
-            randomized(self)
-
-        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-            y = self.front(x)
-            return self.back(torch.gather(y, 1, ids.unsqueeze(-1).expand_as(y)))
-
-    model = Gathered()
-    kill(model.front, rows=[0, 1])
-    kill(model.back, columns=[2])
-    # a constant is a constant wherever it is gathered; the index is as wide as the channels
-    check(model, (torch.randn(2, T, 4), torch.randint(0, T, (2, T))))
-
-
-SPREADS: dict[str, Any] = {
-    "expand": lambda ids, y: ids.unsqueeze(-1).expand(-1, -1, C),
-    "expand_as": lambda ids, y: ids.unsqueeze(-1).expand_as(y),
-    "repeat": lambda ids, y: ids.unsqueeze(-1).repeat(1, 1, C),
-    "tile": lambda ids, y: ids.unsqueeze(-1).tile(1, 1, C),
-    "literal": lambda ids, y: torch.arange(T - 1, -1, -1).view(1, T, 1).expand(y.size(0), T, C),
-}
-
-
-@pytest.mark.parametrize("name", SPREADS)
-@pytest.mark.parametrize("gather", [torch.gather, lambda y, dim, ids: torch.take_along_dim(y, ids, dim)])
-def test_gather_by_an_index_that_is_repeated(name: str, gather: Any) -> None:
-    """Tokens put in another order (masked autoencoders): one index for all channels, which go as ever."""
-
-    class Gathered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.front, self.back = nn.Linear(4, C), nn.Linear(C, 3)
-            randomized(self)
-
-        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-            y = self.front(x)
-            return self.back(gather(y, 1, SPREADS[name](ids, y)))
-
-    model = Gathered()
-    kill(model.front, rows=[0, 1])
-    kill(model.back, columns=[2])
-    inputs = (torch.randn(2, T, 4), torch.randint(0, T, (2, T)))
-    routes = ["export"] if name == "literal" else ["symbolic", "export"]  # a proxy cannot size a tensor
-    check(model, inputs, kept={"front.weight": (C - 3, 4), "back.weight": (3, C - 3)}, routes=routes)
-
-
-def test_gather_along_channels_keeps_them() -> None:
-    class Gathered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.front, self.back = nn.Linear(4, C), nn.Linear(T, 3)
-            randomized(self)
-
-        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-            return self.back(torch.gather(self.front(x), -1, ids))
-
-    model = Gathered()
-    kill(model.front, rows=[0, 1])
-    check(model, (torch.randn(2, 4), torch.randint(0, C, (2, T))), kept={"front.weight": (C, 4)})
-
-
-def test_table_with_channels_beside_the_looked_up_axis() -> None:
-    class Table(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.back = nn.Parameter(torch.randn(6, V, C)), nn.Linear(C, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.back(self.table[:, ids].sum(0))
-
-    model = Table()
-    kill(model.back, columns=[0, 5, 6])
-    check(model, (IDS,))
-
-
-def test_norm_and_attention_scores_read_at_computed_positions() -> None:
-    """Indexing by a tensor that is no constant is no movement: whoever follows values past it has to ask first."""
-
-    class Picked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.front, self.norm, self.back = nn.Linear(4, C), nn.LayerNorm(C), nn.Linear(C, 3)
-            randomized(self)
-
-        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-            y = self.norm(self.front(x))
-            scores = (y @ y.transpose(-2, -1))[:, ids.clamp(0, T - 1)]
-            return self.back(y[:, ids.clamp(0, T - 1)]).flatten(1).sum(1) + scores.softmax(-1).flatten(1).sum(
-                1
-            )
-
-    model = Picked()
-    kill(model.front, rows=[0, 1])
-    kill(model.back, columns=[2])
-    check(model, (torch.randn(2, T, 4), torch.randint(0, T, (2,))), kept={"back.weight": (3, C)})
 
 
 class Bags(nn.Module):

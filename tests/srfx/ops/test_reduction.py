@@ -1,16 +1,19 @@
-"""Sums and means over a channel axis absorb constants: the divisor stays the original width (Lemma R1)."""
+"""Sums and means over a channel axis absorb constants, other reductions keep it (theory: Lemmas R1 and R2)."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import srfx
 from srfx.ir.plan import Reason
-from tests.helpers import check, kill, randomized, relative_error
+from tests.helpers import Sandwich, check, kill, randomized, relative_error
 
 X = (torch.randn(2, 3, 5, 4),)
 
@@ -109,3 +112,45 @@ def test_a_constant_that_stays_for_the_count_is_summed_once(reduce: Callable[[Te
         small = srfx.minimize(whole, x, multiple_of=multiple)
         assert small.get_parameter("front.0.weight").shape == (n, 5)
         assert relative_error(whole(x), small(x)) < 1e-9
+
+
+PICTURES = torch.randn(2, 3, 6, 8)
+
+
+OTHER = (torch.randn(3, 3, 8, 10),)
+
+
+CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean(1, keepdim=True), "sum": lambda x: x.sum(1, keepdim=True),
+    "torch.mean": lambda x: torch.mean(x, 1, True), "all": lambda x: x.mean((1, 2, 3), keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_mean_and_sum_over_channels_absorb_constants(name: str) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), CHANNELS[name], nn.Conv2d(1, 4, 1)))
+    kill(model.front, [0, 3, 7])
+    check(model, (PICTURES,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1)})
+
+
+BARRIERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(1), "F.softmax": lambda x: F.softmax(x, dim=1), "module": nn.Softmax(1),
+    "log_softmax": lambda x: x.log_softmax(1), "normalize": lambda x: F.normalize(x, dim=1),
+    "cumsum": lambda x: x.cumsum(1), "sort": lambda x: x.sort(1)[0], "var": lambda x: x - x.var(1, keepdim=True),
+    "amax": lambda x: x - x.amax(1, keepdim=True), "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_ops_that_mix_channels_keep_them(name: str) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), BARRIERS[name], nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 3, 7])
+    kept = {"front.weight": (8, 3, 1, 1)}
+    reasons = [] if name == "normalize" else [Reason.CHANNEL_MIXING]
+    check(model, (PICTURES,), others=[OTHER], kept=kept, reasons=reasons)
+
+
+def test_softmax_over_positions_passes_channels() -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: x * x.softmax(3), nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 3, 7], bias=True)
+    check(model, (PICTURES,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1)})

@@ -1,9 +1,13 @@
-"""Quarter turns of a plane, with channels in it and beside it."""
+"""Pixel and channel shuffles, and quarter turns, with channels in the plane and beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import Sandwich, check, kill, randomized
@@ -27,3 +31,43 @@ def test_quarter_turns_with_the_channels(k: int, dims: tuple[int, int]) -> None:
     model = randomized(Sandwich(nn.Linear(3, 8), turned, nn.Linear(8, 4)))
     kill(model.front, [1, 6])
     check(model, (torch.randn(5, 3),), kept={"front.weight": (6, 3), "back.weight": (4, 6)})
+
+
+X = torch.randn(2, 3, 4, 6)
+
+
+OTHER = (torch.randn(3, 3, 8, 2),)
+
+
+Op = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    "op", [nn.PixelShuffle(2), lambda x: F.pixel_shuffle(x, 2), lambda x: torch.pixel_shuffle(x, 2)]
+)
+def test_pixel_shuffle(op: Op) -> None:
+    """Twelve channels make three; one goes when all four of its parts do, a part alone does not."""
+    model = randomized(Sandwich(nn.Conv2d(3, 12, 1), op, nn.Conv2d(3, 4, 1)))
+    kill(model.front, [4, 5, 6, 7], bias=True)
+    kill(model.front, [0], bias=True)
+    check(model, (X,), others=[OTHER], kept={"front.weight": (8, 3, 1, 1), "back.weight": (4, 2, 1, 1)})
+
+
+@pytest.mark.parametrize("op", [nn.PixelUnshuffle(2), lambda x: F.pixel_unshuffle(x, 2)])
+def test_pixel_unshuffle(op: Op) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 3, 1), op, nn.Conv2d(12, 4, 1)))
+    kill(model.front, [1])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (2, 3, 1, 1), "back.weight": (4, 8, 1, 1)})
+
+
+SHUFFLES: dict[str, Op] = {
+    "module": nn.ChannelShuffle(2),
+    "function": lambda x: F.channel_shuffle(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffle(name: str) -> None:
+    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), SHUFFLES[name], nn.Conv2d(8, 4, 1)))
+    kill(model.front, [0, 3, 6])
+    check(model, (X,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1), "back.weight": (4, 5, 1, 1)})

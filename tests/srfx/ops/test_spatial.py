@@ -1,8 +1,7 @@
-"""Pooling, interpolation, norms with stored statistics, reductions and softmax."""
+"""Pooling, interpolation and norms with stored statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,39 +107,3 @@ def test_a_stream_through_batch_norm_with_shift() -> None:
     with torch.no_grad():
         model.bn.bias.fill_(9.0)  # the constants 0 and 2 pass the ReLU; 0 stays anyway and carries both
     check(model, (X,), others=[OTHER], kept={"fc.weight": (2, 5)})
-
-
-CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda x: x.mean(1, keepdim=True), "sum": lambda x: x.sum(1, keepdim=True),
-    "torch.mean": lambda x: torch.mean(x, 1, True), "all": lambda x: x.mean((1, 2, 3), keepdim=True),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHANNELS)
-def test_mean_and_sum_over_channels_absorb_constants(name: str) -> None:
-    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), CHANNELS[name], nn.Conv2d(1, 4, 1)))
-    kill(model.front, [0, 3, 7])
-    check(model, (X,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1)})
-
-
-BARRIERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda x: x.softmax(1), "F.softmax": lambda x: F.softmax(x, dim=1), "module": nn.Softmax(1),
-    "log_softmax": lambda x: x.log_softmax(1), "normalize": lambda x: F.normalize(x, dim=1),
-    "cumsum": lambda x: x.cumsum(1), "sort": lambda x: x.sort(1)[0], "var": lambda x: x - x.var(1, keepdim=True),
-    "amax": lambda x: x - x.amax(1, keepdim=True), "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BARRIERS)
-def test_ops_that_mix_channels_keep_them(name: str) -> None:
-    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), BARRIERS[name], nn.Conv2d(8, 4, 1)))
-    kill(model.front, [0, 3, 7])
-    kept = {"front.weight": (8, 3, 1, 1)}
-    reasons = [] if name == "normalize" else [Reason.CHANNEL_MIXING]
-    check(model, (X,), others=[OTHER], kept=kept, reasons=reasons)
-
-
-def test_softmax_over_positions_passes_channels() -> None:
-    model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: x * x.softmax(3), nn.Conv2d(8, 4, 1)))
-    kill(model.front, [0, 3, 7], bias=True)
-    check(model, (X,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1)})
