@@ -89,3 +89,27 @@ def test_a_second_reader_returns_a_tuple(name: str) -> None:
     kill(model.a, [1, 4, 7])
     kill(model.c, columns=[0])
     check(model, (torch.randn(4, 3),), kept={"a.weight": (8, 3)}, reasons=[Reason.NOT_LINEAR_IN_NORM])
+
+
+class WholeSlice(nn.Module):
+    """A slice of all channels of a norm, whose readers take every other channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(5, 12), nn.LayerNorm(12)
+        self.a, self.b = nn.Linear(12, 40), nn.Linear(12, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        y: Tensor = self.a(self.norm(z).narrow(1, 0, 12)).relu() + self.b(z)
+        return y
+
+
+def test_a_slice_of_all_channels_keeps_their_order() -> None:
+    """Ragged reads may put the channels in another order, which is that of the slice too."""
+    model = randomized(WholeSlice())
+    kill(model.a, columns=range(0, 12, 2))
+    kill(model.b, columns=range(1, 12, 3))
+    check(model, (torch.randn(4, 5),))
+    for outcome in check(model, (torch.randn(4, 5),), ragged=True).values():
+        assert not any(n.target is torch.index_select for n in outcome.small.graph.nodes)
