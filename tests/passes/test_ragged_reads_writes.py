@@ -41,6 +41,25 @@ def test_each_reader_selects() -> None:
     check(two_readers(), (torch.randn(3, 5),), kept={"a.weight": (16, 16), "b.weight": (16, 16)})
 
 
+def test_each_expert_reads_through_its_own_index() -> None:
+    class Mixture(TwoReaders):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            y = self.front(x).relu()
+            share = self.router(y).softmax(-1)
+            z: Tensor = share[:, :1] * self.a(y) + share[:, 1:] * self.b(y)
+            return z
+
+    model = randomized(Mixture())
+    kill(model.a, columns=(0, 3, 5, 7, 9, 12), rows=(1, 4, 5), bias=True)
+    kill(model.b, columns=(1, 2, 3, 8, 13, 15), rows=(0, 6, 9), bias=True)
+    kept = {"front.weight": (16, 5), "router.weight": (2, 16), "a.weight": (13, 10), "b.weight": (13, 10)}
+    check(model, (torch.randn(3, 5),), kept=kept, ragged=True)
+
+
 def test_input_features_nobody_reads() -> None:
     model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 2))
     kill(randomized(model)[0], columns=range(0, 40, 2))
