@@ -5,7 +5,8 @@ dense network is trained first.  Then `srfx.SqueezeRelease` goes through its cyc
 least (heads, lanes of heads, hidden channels, channels of the residual stream), train with them held at zero, minimize.
 The cycles stop at a size that is set beforehand; the last training follows.  Labels and the dense network's scores
 teach in equal parts.  Of the epochs of each phase, the dense network's too, the one with the least held-out loss counts.
-In the end the dense network is trained for as many epochs more as the small one's last training, to compare with.
+Then the dense network is trained for as many epochs more as the small one's last training, to compare with, and in the
+end teaches the small one in a second last training.
 
 Run: python -m benchmarks.cycle_gpt [--work out/cycle_gpt] [--threads 1] [--seed 0] [--smaller 6]
 A run that was killed goes on behind its last whole phase.
@@ -195,13 +196,15 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, teacher: nn.Module | None) -
     return (1 - TAUGHT) * loss + TAUGHT * taught
 
 
-def trained(text: Text, work: Path, name: str, model: nn.Module, how: Training) -> nn.Module:
+def trained(
+    text: Text, work: Path, name: str, model: nn.Module, how: Training, teacher: nn.Module | None = None
+) -> nn.Module:
     """A network trained in one phase, or what is kept of it."""
     kept = work / f"{name}.pt"
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        train(text, model, how, name)
+        train(text, model, how, name, teacher)
         torch.save(model.state_dict(), kept.with_suffix(".part"))
         kept.with_suffix(".part").rename(kept)
     return model.eval()
@@ -281,6 +284,10 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     longer = trained(text, work, "longer", copy.deepcopy(dense), LAST)
     runs["dense, trained longer"] = [steps[0], Step(1, count(longer), text.loss(longer), 0.0)]
+    report(runs, arguments, dense, cycle)
+    assert cycle.best is not None
+    small = trained(text, work, "taught again", copy.deepcopy(cycle.best), LAST, longer)
+    steps.append(Step(steps[-1].phase + 1, count(small), text.loss(small), 0.0))
     report(runs, arguments, dense, cycle)
 
 
