@@ -276,7 +276,7 @@ def layer_options():
         yield {"norm_first": norm_first, "batch_first": batch_first, "activation": activation}
 
 
-@pytest.mark.parametrize("options", layer_options(), ids=describe)
+@pytest.mark.parametrize("options", list(layer_options()), ids=describe)
 @pytest.mark.parametrize("bias", [True, False])
 def test_encoder_layer(options, bias):
     layer = away_from_default(nn.TransformerEncoderLayer(E, H, 16, 0.1, bias=bias, **options))
@@ -284,7 +284,7 @@ def test_encoder_layer(options, bias):
     check(Caller(layer, ["src"]).eval(), (x,))
 
 
-@pytest.mark.parametrize("options", layer_options(), ids=describe)
+@pytest.mark.parametrize("options", list(layer_options()), ids=describe)
 def test_decoder_layer(options):
     layer = away_from_default(nn.TransformerDecoderLayer(E, H, 16, 0.0, **options))
     x, memory, _ = sequences(options["batch_first"])
