@@ -260,11 +260,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
-    text, work, started = Text(), arguments.work, time.monotonic()
+    text, work = Text(), arguments.work
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     dense = trained(text, work, "dense", GPT(text.n_chars), DENSE)
-    steps = [Step(0, count(dense), text.loss(dense), time.monotonic() - started)]
+    steps = [Step(0, count(dense), text.loss(dense), 0.0)]
     cycle = cycle_of(text, dense, work, arguments.seed)
     stop_at(cycle, arguments.smaller)
     for record in cycle:
