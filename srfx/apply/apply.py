@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from srfx.apply.heads import head_sizes, head_widths, own_sizes
 from srfx.apply.layers import (
-    ChannelsFirstLayerNorm,
+    CHANNELS_FIRST,
     is_channels_first,
     norm_of,
     parent_of,
@@ -23,7 +23,6 @@ from srfx.apply.outputs import FullRows, full_rows
 from srfx.errors import ApplyError, PlanError, VerificationError
 from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
-from srfx.nn import CompensatedLayerNorm
 from srfx.record.attach import model_of, record_of
 from srfx.record.keep_plan import KeepPlan, TensorPlan, resizes_by
 from srfx.record.record import Record
@@ -224,7 +223,7 @@ class _Change:
                 is_bias = isinstance(bias, fx.Node) and bias.target == created
                 if is_bias and isinstance(weight, fx.Node) and weight.op == "get_attr":
                     found[f"{parent_of(str(weight.target))}.bias"] = values[created]
-                elif "output" in created or node.target in (torch.where, torch.ops.aten.where.self):
+                elif node.target in (torch.where, torch.ops.aten.where.self):
                     self.problems.append(
                         f"{created}: an output channel is constant and is filled in by the small graph"
                     )
@@ -255,10 +254,12 @@ class _Change:
 
     def _put_norm(self, path: str, norm: nn.Module) -> None:
         old = self.module.get_submodule(path)
-        new = copy.deepcopy(norm).train(old.training)
-        is_own = type(old) is not nn.LayerNorm and type(new) is CompensatedLayerNorm
-        if is_own and is_channels_first(self.small, path, self.reads):
-            new.__class__ = ChannelsFirstLayerNorm
+        device = next(t.device for t in _own(old).values())
+        new = copy.deepcopy(norm).to(device).train(old.training)
+        first = CHANNELS_FIRST.get(type(new))
+        is_own = type(old) not in (nn.LayerNorm, nn.RMSNorm)
+        if is_own and first is not None and is_channels_first(path, self.reads):
+            new.__class__ = first
         for name, tensor in _own(old).items():
             if name in new._parameters and isinstance(tensor, nn.Parameter):
                 new._parameters[name] = tensor  # the same object, for optimizers

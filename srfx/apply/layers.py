@@ -109,17 +109,36 @@ def norm_of(
     return None
 
 
-class ChannelsFirstLayerNorm(CompensatedLayerNorm):
-    """A compensated layer norm over axis 1 of pictures, in the place of the classes that torchvision and timm have for it."""
+class _ChannelsFirst(nn.Module):
+    """A norm over axis 1 of pictures, in the place of the classes that torchvision and timm have for it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x [N, K, H, W] -> the same, axis 1 longer by what the norm emits."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """Shapes: x [N, K, H, W] -> the same, axis 1 as long as what the norm writes."""
+        y: Tensor = super().forward(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
 
 
-def is_channels_first(
-    small: fx.GraphModule, path: str, reads: dict[str, list[tuple[fx.Node, dict[str, Any]]]]
-) -> bool:
+class ChannelsFirstLayerNorm(_ChannelsFirst, CompensatedLayerNorm):
+    """A compensated layer norm over axis 1 of pictures."""
+
+
+class ChannelsFirstCompensatedRMSNorm(_ChannelsFirst, CompensatedRMSNorm):
+    """A compensated RMS norm over axis 1 of pictures."""
+
+
+class ChannelsFirstRMSNorm(_ChannelsFirst, nn.RMSNorm):
+    """An RMS norm over axis 1 of pictures."""
+
+
+CHANNELS_FIRST: dict[type[nn.Module], type[nn.Module]] = {
+    CompensatedLayerNorm: ChannelsFirstLayerNorm,
+    CompensatedRMSNorm: ChannelsFirstCompensatedRMSNorm,
+    nn.RMSNorm: ChannelsFirstRMSNorm,
+}
+"""The form over axis 1 of each norm that is put in."""
+
+
+def is_channels_first(path: str, reads: dict[str, list[tuple[fx.Node, dict[str, Any]]]]) -> bool:
     """Whether a norm that is no leaf of the graph turns pictures around itself, before and after."""
     calls = reads.get(f"{path}.weight", [])
     if len(calls) != 1 or not isinstance(calls[0][0].args[0], fx.Node):
