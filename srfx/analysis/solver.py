@@ -91,7 +91,7 @@ def _present(facts: FactTable, found: list[Site], seed: Tensor) -> Tensor:
             continue
         for labels in fields.values():
             held = rep[labels]
-            if not bool((facts.kept | seed)[held].any()):
+            if held.numel() and not bool((facts.kept | seed)[held].any()):
                 wanted[held.reshape(-1)[0]] = True
     return wanted
 

@@ -37,22 +37,24 @@ def ordered_emits(emits: Sequence[str]) -> tuple[str, ...]:
 
 
 def stored_outputs(
-    outputs: Tensor | Sequence[int] | None, n_kept: int, device: torch.device | str | None
+    outputs: Tensor | Sequence[int] | None, n_kept: int, n_emitted: int, device: torch.device | str | None
 ) -> Tensor | None:
-    """Positions of the channels that come out as a norm keeps them, int32.
+    """Positions of the channels that come out as a norm keeps them, int32; none if its readers take statistics alone.
 
     Raises:
-        ValueError: none at all, or one that is not among the kept channels.
+        ValueError: nothing comes out at all, or one is not among the kept channels.
 
     Example:
-        >>> stored_outputs([0, 2], 3, None)
+        >>> stored_outputs([0, 2], 3, 0, None)
         tensor([0, 2], dtype=torch.int32)
     """
     if outputs is None:
         return None
     index = torch.as_tensor(outputs).to(device=device, dtype=torch.int32)
-    if index.dim() != 1 or not index.numel() or int(index.min()) < 0 or int(index.max()) >= n_kept:
-        raise ValueError(f"outputs are positions below {n_kept}, at least one, got {index.tolist()}")
+    if index.dim() != 1 or not index.numel() + n_emitted or bool(((index < 0) | (index >= n_kept)).any()):
+        raise ValueError(
+            f"outputs are positions below {n_kept}, at least one where nothing is emitted, got {index.tolist()}"
+        )
     return index
 
 

@@ -92,7 +92,9 @@ class CompensatedLayerNorm(nn.Module):
             raise ValueError(
                 f"CompensatedLayerNorm: emits {self.emits} and outputs need one normalised axis, got {shape}"
             )
-        self.register_buffer("outputs", functional.stored_outputs(outputs, shape[-1], device))
+        self.register_buffer(
+            "outputs", functional.stored_outputs(outputs, shape[-1], len(self.emits), device)
+        )
         if self.outputs is not None:
             shape = (self.outputs.numel(),)
         has_weight, has_bias = elementwise_affine, elementwise_affine and bias

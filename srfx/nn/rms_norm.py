@@ -124,7 +124,7 @@ class CompensatedRMSNorm(nn.Module):
         self.emits = functional.ordered_emits(emits)
         if "mu_r" in self.emits:
             raise ValueError(f"CompensatedRMSNorm: an RMS norm has no mean, got emits={self.emits}")
-        self.register_buffer("outputs", functional.stored_outputs(outputs, n_kept, device))
+        self.register_buffer("outputs", functional.stored_outputs(outputs, n_kept, len(self.emits), device))
         width = n_kept if self.outputs is None else self.outputs.numel()
         weight = torch.empty(width, device=device, dtype=dtype) if elementwise_affine else None
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))

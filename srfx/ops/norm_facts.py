@@ -117,7 +117,7 @@ class NormFacts(OpRule):
                 labels.table.tie(labels.of(value)[0], plain)
                 labels.followers.add(value)
         is_open = self.is_open(call, labels)
-        if is_open:
+        if is_open and own.numel():  # none where statistics alone come out
             labels.bind(own, plain)
         stored = call.value("outputs")
         if stored is not None:

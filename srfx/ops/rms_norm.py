@@ -43,11 +43,10 @@ class RMSNorm(LayerNorm):
     def forward(self, call: Call, facts: FactTable) -> Constancy:
         found, c = super().forward(call, facts), facts.constancy(self.x(call))
         zero = c.is_constant(0).cpu()  # 0 stays 0 whatever the statistics
-        if zero.shape[-1] > 1 and call.value("outputs") is not None:
-            zero = zero.index_select(-1, self.outputs(call))
-        width = found.varies.shape[-1]
-        if zero.shape[-1] not in (1, width) and width > 1:
-            zero = F.pad(zero, (0, width - zero.shape[-1]))
+        n_emitted = len(self.emits(call))
+        if n_emitted or call.value("outputs") is not None:
+            every = zero.expand(*zero.shape[:-1], call.shape(self.x(call))[-1])
+            zero = F.pad(every.index_select(-1, self.outputs(call)), (0, n_emitted))
         return Constancy(found.varies & ~zero, torch.where(zero, 0.0, found.value), found.affine)
 
     def rewrite(

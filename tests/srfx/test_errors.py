@@ -83,8 +83,12 @@ def test_a_parameter_of_another_model() -> None:
 
 
 def test_outputs_of_a_norm_beyond_its_channels() -> None:
-    with pytest.raises(ValueError, match=r"positions below 3, at least one, got \[5\]"):
-        stored_outputs([5], 3, None)
+    with pytest.raises(
+        ValueError, match=r"positions below 3, at least one where nothing is emitted, got \[5\]"
+    ):
+        stored_outputs([5], 3, 0, None)
+    with pytest.raises(ValueError, match=r"at least one where nothing is emitted, got \[\]"):
+        stored_outputs([], 3, 0, None)
 
 
 def test_a_target_has_one_rule() -> None:
