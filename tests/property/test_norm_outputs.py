@@ -149,6 +149,7 @@ def test_norms_read_in_part(stack: Stack) -> None:
     hold(stack)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(stacks())

@@ -214,7 +214,9 @@ def ruin(net: Network, seed: int) -> None:
 
 def hold(stack: Stack) -> None:
     x = torch.randn(2, N_TOKENS, 5, generator=torch.Generator().manual_seed(stack.seed))
-    net = Network(stack).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stack.seed)  # else a failing stack would not fail again
+        net = Network(stack).double()
     y = net(x.double())
     if bool(y.isfinite().all()):
         check(net, (x,))
@@ -233,6 +235,7 @@ def test_norm_stacks(stack: Stack) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(stacks)
 def test_many_norm_stacks(stack: Stack) -> None:
