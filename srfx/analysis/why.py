@@ -159,6 +159,8 @@ class Explainer:
             for value, part in _parts(node, self.facts.live.get(node)):
                 for label in self._labels(value, part):
                     _note(found, label, 1, Why(READ, "output", f"{node.name} is an output"))
+            if not self.facts.program.is_tensor(node):
+                continue  # a size
             template = restored(self.facts, node)
             for label in self._labels(node, template) if bool(template.any()) else ():
                 _note(found, label, 0, Why(RESTORED, node.name))
@@ -223,13 +225,14 @@ class Explainer:
     def _note_recurrent(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
         assert isinstance(site.rule, Recurrent)
         o = site.rule.known(site.call)
-        if o.x not in demand:
-            return
         reason = Reason.GROWS if site.rule.is_private(o) else Reason.SHARED_WEIGHT
-        detail = f"{_op(site)} has no bias to take constants of {_name(o.x)} in"
-        still = demand[o.x] & ~self.facts.constancy(o.x).varies.cpu()
-        for label in self._labels(o.x, still):
-            _note(found, label, 0, Why(reason.name, site.node.name, detail))
+        for value in (o.x, o.h if site.rule.is_cell else None):
+            if value is None or value not in demand:
+                continue
+            detail = f"{_op(site)} has no bias to take constants of {_name(value)} in"
+            still = demand[value] & ~self.facts.constancy(value).varies.cpu()
+            for label in self._labels(value, still):
+                _note(found, label, 0, Why(reason.name, site.node.name, detail))
 
     def _labels(self, value: Value | tuple[fx.Node, int], live: Tensor) -> list[int]:
         """Classes of the live elements of a value."""

@@ -60,9 +60,10 @@ class Constants:
 
     still: states that are 0 before the first step and after every step; nobody has to read them.
     steady: states that have one value after every step, ``value`` (before the first they may have another).
-    empty: units whose cell state is 0 after every step (of an LSTM).
+    empty: units whose cell state is 0 before and after every step, for its candidate is (of an LSTM).
     null: units whose candidate is 0 at every step.
     apart: units of a GRU whose candidate does not read the states, and so not the reset gate.
+    cell: cell states after the step (of an LSTM).
     """
 
     still: Tensor
@@ -71,6 +72,44 @@ class Constants:
     empty: Tensor
     null: Tensor
     apart: Tensor
+    cell: Known
+
+
+@dataclass(frozen=True)
+class Known:
+    """Numbers some of which are known: ``value`` where ``fixed``, of the others nothing (0 is stored)."""
+
+    fixed: Tensor
+    value: Tensor
+
+    def __add__(self, other: Known) -> Known:
+        return _known(self.fixed & other.fixed, self.value + other.value)
+
+    def __mul__(self, other: Known) -> Known:
+        """A product with a 0 is 0, whatever the other factor is."""
+        return _known((self.fixed & other.fixed) | self.is_zero | other.is_zero, self.value * other.value)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Known:
+        """A function of each."""
+        return _known(self.fixed, f(self.value))
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What is known, and what it is."""
+        return self.fixed, self.value
+
+    @property
+    def is_zero(self) -> Tensor:
+        """Which are known to be 0."""
+        return self.fixed & (self.value == 0)
+
+
+def _known(fixed: Tensor, value: Tensor) -> Known:
+    return Known(fixed, torch.where(fixed, value, 0.0))
+
+
+def _zeros(fixed: Tensor) -> Known:
+    return Known(fixed, torch.zeros(fixed.shape, dtype=torch.float64))
 
 
 def constants(w: Weights, varies_x: Tensor, rest_h: Tensor, rest_c: Tensor) -> Constants:
@@ -103,34 +142,43 @@ def constants(w: Weights, varies_x: Tensor, rest_h: Tensor, rest_c: Tensor) -> C
     apart = ~read_by(reads_h, moving) & (w.shift_h[row] == 0)
     if kind.name == "rnn":
         value = torch.where(steady_u, kind.activation(total), 0.0)
-        return Constants(~moving, steady_u, value, null, null, apart)
+        return Constants(~moving, steady_u, value, null, null, apart, _zeros(null))
     if kind.name == "gru":
-        return Constants(~moving, ~moving, torch.zeros_like(total), null, null, apart)
+        return Constants(~moving, ~moving, torch.zeros_like(total), null, null, apart, _zeros(null))
     empty = null & rest_c
     steady = empty if w.hr is None else ~read_by(w.hr, ~empty)
-    return Constants(~moving, steady, torch.zeros(steady.shape, dtype=torch.float64), empty, null, apart)
+    return Constants(~moving, *_zeros(steady).parts, empty, null, apart, _zeros(empty))
 
 
-def cell_constants(
-    w: Weights, varies_x: Tensor, varies_h: Tensor, value_h: Tensor, rest_c: Tensor
-) -> Constants:
-    """The same for one step, from a state h of which ``value_h`` is known where it does not vary (Lemma Q4)."""
+def cell_constants(w: Weights, varies_x: Tensor, h: Known, c: Known) -> Constants:
+    """The same for one step, from states of which something is known (Lemma Q4): the step is taken with what is.
+
+    Args:
+        w: the weights, with the constants of x and of h in their shifts.
+        varies_x: channels of the operand that vary, [I].
+        h, c: the states before the step, [H].
+    """
     kind, row = w.kind, w.kind.candidate
-    total, still = w.shift_x[row] + w.shift_h[row], ~varies_h & (value_h == 0)
-    moved_x, moved_h = read_by(w.ih[row], varies_x), read_by(w.hh[row], varies_h)
-    apart = ~moved_h & (w.shift_h[row] == 0)
-    if kind.name == "gru":  # n is known whatever r is; h' = (1 - z) n + z h is when h is the same number
-        n = torch.tanh(w.shift_x[row])
-        null = apart & ~moved_x & (w.shift_x[row] == 0)
-        steady = apart & ~moved_x & ~varies_h & (n == value_h)
-        return Constants(still, steady, torch.where(steady, n, 0.0), null, null, apart)
-    fixed = ~moved_x & ~moved_h
-    value = kind.activation(total)
-    null = fixed & (value == 0)
+    of_x = Known(~read_by(w.ih.flatten(0, 1), varies_x).view_as(w.shift_x), w.shift_x)
+    of_h = Known(~read_by(w.hh.flatten(0, 1), ~h.fixed).view_as(w.shift_h), w.shift_h)
+    gates = [Known(*pair) for pair in zip(*(of_x + of_h).parts, strict=True)]
+    apart = _known(of_h.fixed[row], of_h.value[row]).is_zero
+    nothing = _zeros(torch.zeros_like(apart))
     if kind.name == "rnn":
-        return Constants(still, fixed, torch.where(fixed, value, 0.0), null, null, apart)
-    empty = null & rest_c
-    return Constants(still, empty, torch.zeros_like(total), empty, null, apart)
+        after = gates[0].map(kind.activation)
+        return Constants(h.is_zero, *after.parts, after.is_zero, after.is_zero, apart, nothing)
+    if kind.name == "gru":
+        reset, update = (gate.map(torch.sigmoid) for gate in gates[:2])
+        n = (Known(of_x.fixed[2], of_x.value[2]) + reset * Known(of_h.fixed[2], of_h.value[2])).map(torch.tanh)
+        after = update.map(lambda z: 1 - z) * n + update * h
+        same = n.fixed & h.fixed & (n.value == h.value)  # then z does not matter
+        after = Known(after.fixed | same, torch.where(same, n.value, after.value))
+        return Constants(h.is_zero, *after.parts, n.is_zero, n.is_zero, apart, nothing)
+    i, f, o = (gates[k].map(torch.sigmoid) for k in (0, 1, 3))
+    g = gates[2].map(torch.tanh)
+    cell = f * c + i * g
+    after = o * cell.map(torch.tanh)
+    return Constants(h.is_zero, *after.parts, g.is_zero & c.is_zero, g.is_zero, apart, cell)
 
 
 def needed_gates(w: Weights, known: Constants, rest_h: Tensor) -> Tensor:

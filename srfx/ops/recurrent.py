@@ -21,7 +21,7 @@ from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops import gates
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
-from srfx.ops.gates import GRU, LSTM, RNN_RELU, RNN_TANH, Constants, Liveness, Weights
+from srfx.ops.gates import GRU, LSTM, RNN_RELU, RNN_TANH, Constants, Known, Liveness, Weights
 from srfx.ops.recurrent_call import TENSORS, Operands, RecurrentCall
 from srfx.ops.registry import op_rule
 
@@ -139,10 +139,10 @@ class Recurrent(RecurrentCall):
         varies_x, _ = self.constancy(facts, o.x, w.ih.shape[2])
         varies_h, value_h = self.constancy(facts, o.h, w.hh.shape[2])
         varies_c, value_c = self.constancy(facts, o.c, o.n_units)
-        rest_h, rest_c = ~varies_h & (value_h == 0), ~varies_c & (value_c == 0)
+        h, c = Known(~varies_h, value_h), Known(~varies_c, value_c)
         if self.is_cell:
-            return gates.cell_constants(w, varies_x, varies_h, value_h, rest_c), rest_h
-        return gates.constants(w, varies_x, rest_h, rest_c), rest_h
+            return gates.cell_constants(w, varies_x, h, c), h.is_zero
+        return gates.constants(w, varies_x, h.is_zero, c.is_zero), h.is_zero
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
         if self.refused(call) is not None:
@@ -150,7 +150,7 @@ class Recurrent(RecurrentCall):
         o = self.known(call)
         known, _ = self.solve_constants(facts, o, self.view(call, facts, o))
         states = (known.steady, known.value)
-        units = (known.empty, torch.zeros(o.n_units, dtype=torch.float64))
+        units = known.cell.parts
         n_states = len(call.leaves) - self.kind.has_cell
         found = tuple(
             Constancy(~_along_last(fixed, hint.dim()), _along_last(value, hint.dim()))

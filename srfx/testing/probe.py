@@ -268,8 +268,11 @@ def _flowing(facts: FactTable, watched: dict[fx.Node, Fields]) -> Tensor:
 
 
 def _inner_columns(facts: FactTable, site: Site) -> list[tuple[str, Tensor]]:
-    """Weights of a recurrent layer that read its own states, and the labels of their columns."""
-    if not isinstance(site.rule, Recurrent) or site.rule.refused(site.call) is not None:
+    """Weights of a recurrent layer that read its own states, and the labels of their columns.
+
+    The state that a cell reads is a value of the graph, which is watched itself.
+    """
+    if not isinstance(site.rule, Recurrent) or site.rule.is_cell or site.rule.refused(site.call) is not None:
         return []
     weights = site.rule.known(site.call).weights
     read = [weights[name] for name in ("weight_hh", "weight_hr") if name in weights]

@@ -176,6 +176,24 @@ def test_the_last_channel_and_a_template() -> None:
     assert set(small.reasons) <= {"RESTORED", Reason.LAST_CHANNEL.name}
 
 
+class Sized(nn.Module):
+    """A number of an output's shape is an output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        y = torch.relu(self.a(x))
+        return y, y.shape[0]
+
+
+def test_an_output_that_is_a_size_holds_nothing() -> None:
+    net = randomized(Sized()).double()
+    kill(net.a, rows=(0, 1, 2))
+    assert probe(net, X).reasons == {Reason.LAST_CHANNEL.name: 1}
+
+
 class Gate(nn.Module):
     """A deep chain of rectifiers of width one, a product, a softmax: varying though most draws see nothing."""
 
@@ -337,6 +355,26 @@ def test_units_of_recurrent_layers(kind: type[nn.RNNBase], options: dict[str, An
     assert found.n_removable >= 2
     assert {left.reason for left in found.leftovers} <= {"GROWS"}
     assert bool(found.leftovers) == (options == {"bias": False})
+
+
+def test_a_constant_state_of_a_cell_that_is_used_twice() -> None:
+    """The second step reads a constant in its state: its bias is not its own."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.back = nn.RNNCell(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.back(self.cell(x[1], self.cell(x[0])))
+            return y
+
+    model = randomized(Net())
+    with torch.no_grad():
+        model.cell.weight_ih[1] = 0  # a constant after the first step
+        model.cell.weight_hh[1] = 0  # and the same after the second
+    found = probe(model, torch.randn(2, 6, 3))
+    assert found.reasons == {"SHARED_WEIGHT": 1}
 
 
 def test_a_product_has_no_place_for_a_bias() -> None:
