@@ -12,6 +12,7 @@ from srfx.passes import (  # noqa: F401
     fold_parameter_math,
     functionalize,
     fuse_spreads,
+    group_heads,
     lower_einsum,
     open_tuples,
     ragged_reads_writes,

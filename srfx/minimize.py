@@ -31,6 +31,7 @@ from srfx.passes import (
 )
 from srfx.passes.compact_channels import CompactChannels
 from srfx.passes.fuse_spreads import FuseSpreads
+from srfx.passes.group_heads import GroupHeadsPass
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.record.attach import attach, record_of
 from srfx.record.record import TensorSpec
@@ -57,10 +58,8 @@ CANONICALISE = (
 )
 """Passes that bring a captured graph into the form the analyses read, in this order."""
 
-
 MAX_ROUNDS = 100
 """How often `compact` cuts; two or three rounds are usual."""
-
 
 FASTER = 0.97
 """What share of the aligned result's time a ragged one may take to be kept by ``ragged="auto"``: least times, and median."""
@@ -248,17 +247,13 @@ def compact(
         for _ in range(MAX_ROUNDS):  # each round is exact: to stop early costs channels, not the answer
             is_opened = False
             if ragged:
-                values = survey_result(gm, hints).values
                 machine = ragged if isinstance(ragged, MachineCosts) else None
+                grouping = GroupHeadsPass(hints, multiple_of, machine, examples)
+                is_opened = _opens(gm, grouping, hints, recorder, timing)
+                recorder.moves(grouping.widened)
                 shapes = _shapes(gm, examples) if machine is not None and examples is not None else None
-                step = RaggedReadsWrites(hints, multiple_of, values, machine, shapes)
-                opened = step(gm)
-                recorder.refusals(step.name, opened.refusals)
-                if is_opened := opened.modified:
-                    hints.forget()
-                    if machine is not None:
-                        known = timing.get("predicted_saving_ms", 0.0)
-                        timing["predicted_saving_ms"] = known + 1e3 * step.predicted_s
+                step = RaggedReadsWrites(hints, multiple_of, machine=machine, shapes=shapes)
+                is_opened |= _opens(gm, step, hints, recorder, timing)
             found = survey_result(gm, hints)
             cut = CompactChannels(hints, multiple_of, found.values)
             edits = cut(gm).edits
@@ -271,6 +266,23 @@ def compact(
         if ragged and FuseSpreads(hints)(gm).modified:
             hints.forget()
     return survey_result(gm, hints)
+
+
+def _opens(
+    gm: fx.GraphModule,
+    step: GroupHeadsPass | RaggedReadsWrites,
+    hints: SharedHints,
+    recorder: Recorder,
+    timing: dict[str, float],
+) -> bool:
+    """Let a pass set readers free to keep channels of their own; whether it found any."""
+    opened = step(gm)
+    recorder.refusals(step.name, opened.refusals)
+    if opened.modified:
+        hints.forget()
+        if step.machine is not None:
+            timing["predicted_saving_ms"] = timing.get("predicted_saving_ms", 0.0) + 1e3 * step.predicted_s
+    return opened.modified
 
 
 def _shapes(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, tuple[int, ...]]:

@@ -68,6 +68,11 @@ class Recorder:
         self.notes = _merged([*before, *self.notes])
         self.revived |= revived(facts)
 
+    def moves(self, edits: Iterable[CompactTensor]) -> None:
+        """Note where positions of tensors have gone that a pass lays out anew."""
+        for edit in edits:
+            self._cut(edit)
+
     def record(self, gm: fx.GraphModule, survey: Survey) -> Record:
         """The record of the finished result."""
         names = [n.name for n in gm.graph.nodes]
