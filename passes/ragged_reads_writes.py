@@ -56,7 +56,6 @@ class RaggedReadsWrites(Pass):
     Args:
         hints: one example or fake value for each placeholder; None takes metadata or probes.
         multiple_of: as for compaction.
-        values: values of all nodes of the graph as it is now, when they are known already.
         machine: open only ports that are predicted to save time on this machine; None: those that save bytes.
         shapes: with ``machine``, the shapes to predict for, by the name of the node; None takes those of the hints.
 
@@ -73,21 +72,17 @@ class RaggedReadsWrites(Pass):
         self,
         hints: Sequence[Any] | None = None,
         multiple_of: int = 1,
-        values: dict[fx.Node, Any] | None = None,
         machine: MachineCosts | None = None,
         shapes: Shapes | None = None,
     ) -> None:
         self.hints = hints
         self.multiple_of = multiple_of
-        self.values = values
         self.machine = machine
         self.shapes = shapes or {}
         self.predicted_s = 0.0
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        values, self.values = self.values, None  # true of the first round only
-        if values is None:
-            values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
         facts, sites = analyse(gm, values, self.multiple_of)
         found = Plan()
         ports = _candidates(facts, sites, found)

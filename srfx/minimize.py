@@ -252,7 +252,7 @@ def compact(
                 is_opened = _opens(gm, grouping, hints, recorder, timing)
                 recorder.moves(grouping.widened)
                 shapes = _shapes(gm, examples) if machine is not None and examples is not None else None
-                step = RaggedReadsWrites(hints, multiple_of, machine=machine, shapes=shapes)
+                step = RaggedReadsWrites(hints, multiple_of, machine, shapes)
                 is_opened |= _opens(gm, step, hints, recorder, timing)
             found = survey_result(gm, hints)
             cut = CompactChannels(hints, multiple_of, found.values)
