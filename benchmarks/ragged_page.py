@@ -30,17 +30,22 @@ def bound_table(rows: list[dict[str, Any]]) -> str:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Times relative to aligned, one line for each model: eager and compiled, batch 1 and 8."""
+    """Times relative to aligned, one line for each model: eager and compiled, batch 1 and 8; = is aligned itself."""
     kinds = [(is_compiled, batch) for is_compiled in (False, True) for batch in (1, 8)]
     heads = [f"{'compiled' if c else 'eager'}, batch {b}" for c, b in kinds]
     lines = [f"| model | result | {' | '.join(heads)} |", f"| --- | --- |{' --- |' * len(kinds)}"]
-    found = {(r["model"], r["compiled"], r["batch"]): r["ratio"] for r in rows}
+    found = {(r["model"], r["compiled"], r["batch"]): r for r in rows}
     for model in dict.fromkeys(r["model"] for r in rows):
         for way in ("ragged", "auto"):
-            ratios = [found.get((model, *kind)) for kind in kinds]
-            cells = " | ".join("" if r is None else f"{r[way]:.2f}" for r in ratios)
+            cells = " | ".join(_cell(found.get((model, *kind)), way) for kind in kinds)
             lines.append(f"| {model} | {way} | {cells} |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None, way: str) -> str:
+    if row is None or way not in row["ratio"]:
+        return ""
+    return "=" if way in row["twins"] else f"{row['ratio'][way]:.2f}"
 
 
 def replaced(text: str, name: str, table: str) -> str:

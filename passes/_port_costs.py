@@ -14,7 +14,6 @@ from srfx.analysis.liveness import executed
 from srfx.analysis.weights import add_to_classes
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
-from srfx.ops.movement import Movement
 from srfx.ops.port import selection_before
 from srfx.ops.sizes import is_range
 from srfx.passes._machine_costs import MachineCosts
@@ -67,7 +66,10 @@ def cut_at(facts: FactTable, node: fx.Node, axis: int) -> Cut:
     inner = rep[facts.fields(node)[axis].flatten()]
     fields = facts.fields(source)
     if axis not in fields:
-        return Cut(node, axis, facts.kept[inner], torch.ones_like(facts.kept[inner]), inner, None)
+        inside = facts.kept[inner]
+        return Cut(
+            node, axis, inside, torch.ones_like(inside), inner, None, is_range(inside.nonzero().flatten())
+        )
     outer = rep[fields[axis].flatten()]
     inside, outside = facts.kept[inner], facts.kept[outer]
     is_filled = bool((inside & ~outside).any())
@@ -107,21 +109,25 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def class_seconds(facts: FactTable, sites: list[Site], machine: MachineCosts, shapes: Shapes) -> Tensor:
-    """Seconds that one more channel of each class would take, [labels] by representative."""
+    """Seconds that one more channel of each class would take at least, [labels] by representative.
+
+    What holds eagerly and compiled: products, and their results, which are written and read once.  A compiler fuses the
+    elementwise ops that stand between two products.
+    """
     found = torch.zeros(facts.labeller.table.size, dtype=torch.float64)
     present = set(executed(facts, sites))
     for site in sites:
         fields, hint = facts.labeller.fields.get(site.node), facts.program.hints.get(site.node)
         if site.node not in present or not isinstance(hint, Tensor) or not isinstance(fields, dict):
             continue
-        if isinstance(site.rule, Contraction) and site.rule.refused(site.call) is None:
+        if not isinstance(site.rule, Contraction):
+            continue
+        if site.rule.refused(site.call) is None:
             _add_products(facts, site, found, machine, shapes)
-        if not isinstance(site.rule, Movement):
-            for axis, labels in fields.items():
-                n_bytes = hint.element_size() * _others(facts, site.node, axis, shapes)
-                add_to_classes(
-                    facts, found, labels, 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel()
-                )
+        for axis, labels in fields.items():
+            n_bytes = hint.element_size() * _others(facts, site.node, axis, shapes)
+            each = 2 * machine.byte_s * n_bytes * labels.shape[axis] / labels.numel()
+            add_to_classes(facts, found, labels, each)
     return found
 
 
@@ -145,19 +151,17 @@ def _add_products(facts: FactTable, site: Site, found: Tensor, machine: MachineC
 
 
 def port_seconds(facts: FactTable, cut: Cut, machine: MachineCosts, shapes: Shapes) -> float:
-    """Seconds that the port takes as what it becomes."""
+    """Seconds that the port takes at most as what it becomes: a slice copies, a spread into a slice fills first."""
     if cut.is_trivial:
         return 0.0
-    hint = facts.program.hints[cut.node]
-    is_last = cut.axis == hint.dim() - 1
-    copy_s = 2 * machine.byte_s if cut.is_slice and is_last else None
+    hint, copy_s = facts.program.hints[cut.node], 2 * machine.byte_s
     channel_bytes = hint.element_size() * _others(facts, cut.node, cut.axis, shapes)
     spent = 0.0
     if cut.n_selected or not cut.n_supplied:
-        rate = copy_s or (machine.select_last_s if is_last else machine.select_s)
+        rate = copy_s if cut.is_slice else machine.select_s
         spent += machine.call_s + rate * channel_bytes * int((cut.inside & cut.outside).sum())
     if cut.n_supplied:
-        rate = copy_s or (machine.spread_last_s if is_last else machine.spread_s)
+        rate = 2 * copy_s if cut.is_slice else machine.spread_s
         spent += 2 * machine.call_s + rate * channel_bytes * int(cut.inside.sum())
     return spent
 

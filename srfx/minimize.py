@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from srfx.analysis.generic_inputs import generic_survey
 from srfx.errors import CaptureError, VerificationError
 from srfx.ir.capture import capture
+from srfx.ir.effects import changes_itself
 from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import SharedHints, survey
@@ -182,12 +183,12 @@ def _faster(
     ragged = _minimize(model, example_inputs, example_kwargs, multiple_of, machine_costs(device))
     record = record_of(ragged)
     assert record is not None
-    if not record.timing or model.training:
+    if not record.timing or changes_itself(ragged):
         return ragged
     aligned = _minimize(model, example_inputs, example_kwargs, multiple_of, False)
     has_values = _have_values(example_inputs, example_kwargs)
     args, kwargs = first_batch(ragged, example_inputs, example_kwargs) if has_values else first_batch(ragged)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
         runs = [lambda: aligned(*args, **kwargs), lambda: ragged(*args, **kwargs)]
         turns = turns_s(runs, device, n_rounds=40)
     times = [min(t) for t in zip(*turns, strict=True)]

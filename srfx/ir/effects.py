@@ -104,6 +104,17 @@ def updates_statistics(node: fx.Node) -> bool:
     return node.op == "call_function" and name in _NORMS_WITH_STATE and _norm_updates(node, name)
 
 
+def changes_itself(gm: fx.GraphModule) -> bool:
+    """Whether a run may change the model: norms that update statistics, and modules of others in training mode."""
+    return any(updates_statistics(n) or _is_foreign_in_training(n) for n in gm.graph.nodes)
+
+
+def _is_foreign_in_training(node: fx.Node) -> bool:
+    module = _module_of(node) if node.op == "call_module" else None
+    is_known = type(module).__module__.startswith(("torch.nn.", "srfx.nn."))
+    return module is not None and module.training and not is_known
+
+
 def _updates(module: nn.Module | None) -> bool:
     if not isinstance(module, nn.modules.batchnorm._NormBase):
         return False

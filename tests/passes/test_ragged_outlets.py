@@ -13,6 +13,7 @@ import srfx
 from srfx.minimize import minimize
 from srfx.nn.selection import add_at, select, spread
 from tests.helpers import kill, randomized, shapes
+from tests.passes.test_ragged_reads_writes import residual
 
 
 class Blocks(nn.Module):
@@ -115,6 +116,26 @@ def test_export_compile_and_deep_copies() -> None:
     torch.testing.assert_close(again(x), small(x), rtol=1e-9, atol=1e-12)
     compiled = torch.compile(copy.deepcopy(small), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), small(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["tokens", "pictures"])
+def test_inductor(kind: str) -> None:
+    """Slices, selections, spreads and add_at in code that inductor wrote, and their gradients."""
+    model = (Blocks() if kind == "tokens" else residual()).double().eval()
+    x = TOKENS[0].double() if kind == "tokens" else torch.randn(2, 3, 6, 6).double()
+    small = minimize(fx.symbolic_trace(model), x, ragged=True)
+    compiled, found = torch.compile(copy.deepcopy(small), fullgraph=True), []
+    assert forms(small)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-9, atol=1e-11)
+    for call in (compiled, small, model):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaf)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-9, atol=1e-11)
 
 
 def test_onnx(tmp_path: Path) -> None:
