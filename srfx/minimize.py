@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
-from srfx.ir.timing import turns_s
+from srfx.ir.timing import is_faster, turns_s
 from srfx.passes import (
     PASSES,
     MachineCosts,
@@ -192,9 +191,7 @@ def _faster(
         runs = [lambda: aligned(*args, **kwargs), lambda: ragged(*args, **kwargs)]
         turns = turns_s(runs, device, n_rounds=40)
     times = [min(t) for t in zip(*turns, strict=True)]
-    is_ragged = (  # what else the machine does spoils single times, and meets both of a turn alike
-        times[1] <= FASTER * times[0] and statistics.median(b / a for a, b in turns) <= FASTER
-    )
+    is_ragged = is_faster(turns, FASTER)
     small = ragged if is_ragged else aligned
     kept = record_of(small)
     assert kept is not None

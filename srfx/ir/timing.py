@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -47,3 +48,16 @@ def best_s(
         True
     """
     return [min(times) for times in zip(*turns_s(runs, device, n_rounds, limit_s), strict=True)]
+
+
+def is_faster(turns: Sequence[Sequence[float]], share: float) -> bool:
+    """Whether the second of two calls took at most ``share`` of the time of the first: least times, and median of turns.
+
+    What else the machine does spoils single times, and meets both calls of a turn alike.
+
+    Example:
+        >>> is_faster([[1.0, 0.9], [1.1, 0.9], [1.2, 1.3]], 0.95)
+        True
+    """
+    first, second = (min(times) for times in zip(*turns, strict=True))
+    return second <= share * first and statistics.median(b / a for a, b in turns) <= share

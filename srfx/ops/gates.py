@@ -169,7 +169,9 @@ def cell_constants(w: Weights, varies_x: Tensor, h: Known, c: Known) -> Constant
         return Constants(h.is_zero, *after.parts, after.is_zero, after.is_zero, apart, nothing)
     if kind.name == "gru":
         reset, update = (gate.map(torch.sigmoid) for gate in gates[:2])
-        n = (Known(of_x.fixed[2], of_x.value[2]) + reset * Known(of_h.fixed[2], of_h.value[2])).map(torch.tanh)
+        n = (Known(of_x.fixed[2], of_x.value[2]) + reset * Known(of_h.fixed[2], of_h.value[2])).map(
+            torch.tanh
+        )
         after = update.map(lambda z: 1 - z) * n + update * h
         same = n.fixed & h.fixed & (n.value == h.value)  # then z does not matter
         after = Known(after.fixed | same, torch.where(same, n.value, after.value))
