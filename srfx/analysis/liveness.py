@@ -126,12 +126,14 @@ def executed(facts: FactTable, sites: list[Site]) -> list[Value]:
         if site is not None:
             stack += site.rule.reads(site.call, facts)
         stack += [
-            n for n in value.all_input_nodes if _is_size(facts, n)
+            n for n in value.all_input_nodes if _is_asked(facts, n)
         ]  # and so the tensor whose size it is
     return list(seen)
 
 
-def _is_size(facts: FactTable, node: fx.Node) -> bool:
-    """Whether a node is a number, or several, that sizes at run time decide."""
-    is_number = isinstance(facts.program.hints.get(node), (int, float, torch.SymInt, torch.Size))
-    return is_number and node not in facts.labeller.static
+def _is_asked(facts: FactTable, node: fx.Node) -> bool:
+    """Whether a node is what a tensor is asked for at run time: sizes, and numbers made of them, its dtype, its device."""
+    found = facts.program.hints.get(node)
+    if isinstance(found, (torch.dtype, torch.device, torch.layout)):
+        return True
+    return isinstance(found, (int, float, torch.SymInt, torch.Size)) and node not in facts.labeller.static

@@ -31,6 +31,8 @@ IMPLIED = "IMPLIED"
 RESTORED = "RESTORED"
 SUSTAINED = "SUSTAINED"
 WHOLE = "WHOLE"
+STEPS = "STEPS"
+RELATED = "RELATED"
 
 MEANINGS = {
     READ: "the analysis takes it for read",
@@ -39,6 +41,8 @@ MEANINGS = {
     IMPLIED: "another class that is kept needs it",
     RESTORED: "an output is as wide as it was: a template fills it up",
     SUSTAINED: "an op needs it because of what else is kept",
+    STEPS: "a recurrent layer is the same at each of its steps",
+    RELATED: "it is constant only because of how its operands are related",
     WHOLE: "to leave it out of what a norm writes would cost more than it saves",
 }
 """What the codes mean that are no `srfx.ir.plan.Reason`."""
@@ -150,7 +154,10 @@ class Explainer:
             own = self._results[site.node.name]
             for value, part in demand.items():
                 name = value[0].name if isinstance(value, tuple) else _name(value)
-                why = Why(READ, site.node.name, f"{_op(site)} reads {name}")
+                is_inner = (
+                    isinstance(value, tuple) and value[0] is site.node
+                )  # a layer that reads its own states
+                why = Why(STEPS if is_inner else READ, site.node.name, f"{_op(site)} reads {name}")
                 for label in self._labels(value, part):
                     _note(found, label, 3 if label in own else 2, why)
             self._note_special(site, demand, found)

@@ -21,6 +21,7 @@ ALIASES = {
     "a": "input",
     "b": "other",
     "mat2": "other",
+    "mask": "condition",
     "axis": "dim",
     "axes": "dim",
     "x": "input",

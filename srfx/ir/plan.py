@@ -31,6 +31,7 @@ class Reason(StrEnum):
     DATA_DEPENDENT = "the size or index depends on data"
     OTHER_READERS = "the fused value is also read as a whole"
     COMPUTED_WEIGHT = "the weight is computed in the graph"
+    MASKED = "a query may see no key: then the result is 0"
     UNRECOGNISED_CALL = "the arguments of the call are not known when the graph is read"
 
 

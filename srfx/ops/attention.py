@@ -272,18 +272,26 @@ class Attention(OpRule):
             c.varies.cpu().view(lead + c.varies.shape),
             c.value.double().cpu().view(lead + c.value.shape),
         )
-        certain = self.sees_a_key(call) and not call.get("dropout_p", 0.0)
-        return Constancy(varies if certain else varies | (value != 0), value)
+        if self.drops(call) or not self.sees_a_key(call):
+            if not self.drops(call) and bool((~varies & (value != 0)).any()):
+                facts.refuse(call.node, Reason.MASKED, "a value is the same at all keys")
+            varies = varies | (value != 0)
+        return Constancy(varies, value)
+
+    def drops(self, call: Call) -> bool:
+        """Whether weights are dropped; a module drops none in eval mode."""
+        return bool(call.get("dropout_p", 0.0)) and (call.module is None or call.module.training)
 
     def sees_a_key(self, call: Call) -> bool:
         """Whether every query is known to see some key: no mask, or one that no input decides and that says so."""
         mask = call.value("attn_mask")
         if mask is None:
             return True
+        found: Tensor | None = None
         if isinstance(mask, Param):
-            found = None if isinstance(mask.tensor, torch.nn.Parameter) else mask.tensor
-        else:
-            found = evaluate(mask, call.program) if has_fixed_sizes(mask, (-2, -1)) else None
+            found = mask.tensor.detach()
+        elif has_fixed_sizes(mask, (-2, -1)):
+            found = evaluate(mask, call.program)
         if found is None:
             return False
         seen = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2

@@ -186,6 +186,8 @@ class ContractionFacts(ContractionCall):
         reads = self._reads(call, facts)
         disturbing = varies | (value != 0) if self.has_border(call) else varies
         moved = rows_reading(disturbing, reads)
+        if bool((disturbing & ~varies).any()) and bool((moved & ~rows_reading(varies, reads)).any()):
+            facts.refuse(call.node, Reason.BORDER, "a row reads constants alone, and zeros around them")
         result = self._fold_value(call, torch.where(disturbing, 0.0, value))
         bias = call.value("bias")
         if bias is not None:

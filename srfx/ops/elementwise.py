@@ -88,7 +88,7 @@ class Elementwise(OpRule):
         for c in operands.values():
             varies = varies | c.varies.cpu()
         if bool(varies.all()) and not any(c.value.numel() > 1 for c in operands.values()):
-            return Constancy.top(len(call.out_shape))
+            return self.annihilate(call, Constancy.top(len(call.out_shape)), facts)
         value = call.run({v: _typed(c.value, _dtype(call, v)) for v, c in operands.items()})
         value = (
             value.double()
@@ -264,6 +264,33 @@ class Sum(Elementwise):
         return _other(call, self.operands(call), operand)
 
     subtracts = False
+
+
+class Choice(Elementwise):
+    """where, masked_fill: constant where both branches are one and the same constant, whichever is taken."""
+
+    signature: tuple[str, ...] = ("condition", "input", "other")
+
+    def annihilate(self, call: Call, result: Constancy, facts: FactTable) -> Constancy:
+        condition = call.value("condition")
+        branches = [v for v in self.operands(call) if v is not condition]
+        varies = torch.zeros((1,) * len(call.out_shape), dtype=torch.bool)
+        for v in branches:
+            varies = varies | facts.constancy(v).varies.cpu()
+        if (
+            condition is None
+            or bool(varies.all())
+            or facts.has_run_time_number((call.node.args, call.node.kwargs))
+        ):
+            return result
+        flag = (1,) * len(call.shape(condition))
+        yes, no = (
+            call.run({condition: torch.full(flag, chosen)}
+                     | {v: _typed(facts.constancy(v).value, _dtype(call, v)) for v in branches})
+            for chosen in (True, False)
+        )  # fmt: skip
+        same = ~varies & (yes == no)
+        return Constancy(result.varies & ~same, torch.where(same, yes.double(), result.value))
 
 
 class Fill(Elementwise):

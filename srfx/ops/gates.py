@@ -156,7 +156,8 @@ def cell_constants(w: Weights, varies_x: Tensor, h: Known, c: Known) -> Constant
     Args:
         w: the weights, with the constants of x and of h in their shifts.
         varies_x: channels of the operand that vary, [I].
-        h, c: the states before the step, [H].
+        h: the state before the step, [H].
+        c: the cell state before it; all 0 where there is none.
     """
     kind, row = w.kind, w.kind.candidate
     of_x = Known(~read_by(w.ih.flatten(0, 1), varies_x).view_as(w.shift_x), w.shift_x)

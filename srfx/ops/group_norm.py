@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -92,10 +93,16 @@ class GroupNorm(OpRule):
         value = self._normalised(call, c.value.double().cpu().flatten().expand(groups.numel())).view(
             [-1 if a == 1 else 1 for a in range(gamma.dim())]
         )
-        still = ~moving[groups].view(value.shape) & value.isfinite()
+        still = (~moving | self._is_lone(call))[groups].view(value.shape) & value.isfinite()
         result = torch.where(still, value, 0.0) * gamma + beta
         is_constant = still | (gamma == 0)
         return Constancy(~is_constant, torch.where(is_constant, result, 0.0))
+
+    def _is_lone(self, call: Call) -> Tensor:
+        """Groups of one number, which is its own mean, [G]."""
+        groups, gone = self.groups(call), self._before(call)
+        held = torch.bincount(groups, minlength=len(gone)) + torch.tensor([g.n_values for g in gone])
+        return (held == 1) & (math.prod(call.shape(self.x(call))[2:]) == 1)
 
     def _normalised(self, call: Call, value: Tensor) -> Tensor:
         """Return (x - mu) r as if every channel were constant, [C]; right in groups where all are."""

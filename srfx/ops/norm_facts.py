@@ -7,6 +7,8 @@ take these instead (`srfx.lattice.constancy.Affine`), all other readers keep the
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -172,7 +174,8 @@ class NormFacts(OpRule):
         settled = self._of_constants(call, c, gamma, beta)
         if settled is not None:
             return settled
-        still = (gamma == 0).view((1,) * (len(call.out_shape) - gamma.dim()) + tuple(gamma.shape))
+        is_lone = self._is_lone(call)
+        still = ((gamma == 0) | is_lone).view((1,) * (len(call.out_shape) - gamma.dim()) + tuple(gamma.shape))
         value = torch.where(still, beta, 0.0)
         if self.emits(call):
             extra = [len(self.emits(call)) if d == len(call.out_shape) - 1 else 1 for d in range(value.dim())]
@@ -180,8 +183,14 @@ class NormFacts(OpRule):
             wide = [width if d == value.dim() - 1 else n for d, n in enumerate(value.shape)]
             still = torch.cat([still.expand(wide), torch.zeros(extra, dtype=torch.bool)], -1)
             value = torch.cat([value.expand(wide), torch.zeros(extra, dtype=torch.float64)], -1)
-        affine = self._affine(call, facts, gamma, beta) if self.is_open(call, facts.labeller) else None
-        return Constancy(~still, value, affine)
+        is_open = self.is_open(call, facts.labeller) and not is_lone
+        return Constancy(~still, value, self._affine(call, facts, gamma, beta) if is_open else None)
+
+    def _is_lone(self, call: Call) -> bool:
+        """Whether one number is normalised, which is its own mean."""
+        shape = call.shape(self.x(call))
+        size = math.prod(shape[a] for a in self.axes(call))
+        return self.centred and not self.emits(call) and size + self._before(call).n_values == 1
 
     def _of_constants(self, call: Call, c: Constancy, gamma: Tensor, beta: Tensor) -> Constancy | None:
         """The result when nothing that is normalised varies; None when something does, or statistics are emitted."""

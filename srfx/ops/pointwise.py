@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srfx.ops.activation import PReLU, Random, RandomShift, RandomSlope
-from srfx.ops.elementwise import Elementwise, Fill, Partial, Product, Quotient, SignedZero, Sum
+from srfx.ops.elementwise import Choice, Elementwise, Fill, Partial, Product, Quotient, SignedZero, Sum
 from srfx.ops.registry import has_rule, op_rule
 
 aten = torch.ops.aten
@@ -73,7 +73,6 @@ TOTAL = [
     "fmin",
     "max",
     "min",
-    "where",
     "eq",
     "ne",
     "lt",
@@ -106,7 +105,6 @@ TOTAL = [
     "heaviside",
     "lerp",
     "addcmul",
-    "masked_fill",
     "rsub",
     "__and__",
     "__or__",
@@ -261,6 +259,12 @@ def _register() -> None:
     op_rule(*(t for n in ("signbit", "copysign", "atan2", "arctan2") for t in spellings(n)))(SignedZero)
     quotients = [t for n in ("div", "divide", "true_divide") for t in spellings(n)]
     op_rule(*quotients, operator.truediv)(Quotient)
+    op_rule(*(t for t in spellings("where") if t != "where"), ("where", "input condition other"))(Choice)
+    masked = (
+        t if isinstance(t, torch._ops.OpOverload) else (t, "input condition value")
+        for t in spellings("masked_fill")
+    )
+    op_rule(*masked)(Choice)
     for name in TOTAL:
         op_rule(*spellings(name))(Elementwise)
     for name in PARTIAL:

@@ -20,6 +20,7 @@ from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.elementwise import Elementwise
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
+from srfx.ops.known import of_known
 from srfx.ops.movement import _axis
 from srfx.ops.pointwise import spellings
 from srfx.ops.registry import op_rule
@@ -90,6 +91,8 @@ class Reduction(OpRule):
             varies, value = torch.ones_like(uniform.varies), torch.zeros_like(uniform.value)
         rank = (call.output if self.is_tensor(call) else call.output[0]).dim()
         first = Constancy(_fit(varies, rank, dims), _fit(value, rank, dims))
+        if not self.absorbs:
+            first = of_known(call, facts, source, dims, first)
         if self.is_tensor(call):
             return first
         return (first, *(Constancy.top(o.dim()) for o in call.output[1:]))  # positions: not followed
@@ -270,6 +273,14 @@ class AlongOne(OpRule):
             dim = 0 if rank in (0, 1, 3) else 1
         return _axis(dim, rank)
 
+    def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
+        source = call.value("input")
+        assert source is not None
+        first = of_known(call, facts, source, [self.axis(call)], Constancy.top(len(call.shape(source))))
+        if isinstance(call.output, (tuple, list)):  # positions: not followed
+            return (first, *(Constancy.top(o.dim()) for o in call.output[1:]))
+        return first
+
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         source = call.value("input")
         assert source is not None
@@ -284,7 +295,9 @@ class Softmax(AlongOne):
     """softmax: the result sums to one along its axis."""
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        return replace(Constancy.top(len(call.out_shape)), sums_to_one=self.axis(call))
+        found = super().forward(call, facts)
+        assert isinstance(found, Constancy)
+        return replace(found, sums_to_one=self.axis(call))
 
 
 @op_rule(F.glu, nn.GLU, aten.glu.default)

@@ -66,7 +66,12 @@ class PerChannel(OpRule):
         affine = c.affine if self.is_linear else None
         if affine is not None and not self.keeps(call):
             affine = replace(affine, bordered=True)
-        kept = c if self.keeps(call) else Constancy(c.varies | (c.value != 0), torch.zeros_like(c.value))
+        if self.keeps(call):
+            kept = replace(c, value=torch.where(c.varies, 0.0, self.of_constants(call, c.value)))
+        else:
+            kept = Constancy(c.varies | (c.value != 0), torch.zeros_like(c.value))
+            if bool(c.nonzero().any()):
+                facts.refuse(call.node, Reason.BORDER, "a window sees less of a constant at the border")
         kept = replace(kept, affine=affine, sums_to_one=None)
         if isinstance(call.output, (tuple, list)):
             return (kept, *(Constancy.top(o.dim()) for o in call.output[1:]))
@@ -80,8 +85,12 @@ class PerChannel(OpRule):
         return axis if self.is_linear and axis < self.first_spatial(call) else None
 
     def keeps(self, call: Call) -> bool:
-        """Whether a constant k other than 0 comes out as k at every position."""
+        """Whether a constant other than 0 comes out as one number at every position."""
         return True
+
+    def of_constants(self, call: Call, value: Tensor) -> Tensor:
+        """That number, which is the constant itself unless a window is summed."""
+        return value
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if isinstance(live, tuple):
@@ -118,12 +127,19 @@ class AveragePool(PerChannel):
 
 
 class PowerPool(PerChannel):
-    """lp_pool: the sum over a window, so only 0 keeps its value."""
+    """lp_pool: the root of a sum over a window, all of which are of one size but in ceil mode."""
 
     signature: tuple[str, ...] = ("input", "norm_type", "kernel_size", "stride", "ceil_mode")
 
     def keeps(self, call: Call) -> bool:
-        return False
+        return not call.get("ceil_mode", False)
+
+    def of_constants(self, call: Call, value: Tensor) -> Tensor:
+        size = call.get("kernel_size")
+        window = [size] * self.n_spatial if isinstance(size, int) else list(size)
+        lead = value.shape[: value.dim() - self.n_spatial]
+        found: Tensor = call.run({self.source(call): value.double().cpu().expand(*lead, *window)})
+        return found
 
 
 class Interpolate(PerChannel):

@@ -12,6 +12,7 @@ from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
+from srfx.ops.known import of_known
 from srfx.ops.movement import _axis
 from srfx.ops.pointwise import spellings
 from srfx.ops.reduction import AlongOne, Reduction, SumOver
@@ -49,7 +50,8 @@ class VectorNorm(SumOver):
         shape = torch.broadcast_shapes(c.value.shape, c.varies.shape)
         zero = c.is_constant(0).cpu().expand(shape).to(torch.uint8).amin(dims, keepdim=True).to(torch.bool)
         zero = zero if zero.dim() == call.output.dim() else zero.squeeze(dims)
-        return Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
+        found = Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
+        return of_known(call, facts, self.source(call), dims, found)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         if not self.is_sum(call):
@@ -93,11 +95,12 @@ class Normalize(OpRule):
         return fields
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
-        c = facts.constancy(self._source(call))
-        zero = c.is_constant(0).cpu()
+        source = self._source(call)
+        zero = facts.constancy(source).is_constant(0).cpu()
+        found = Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
         if not _counts_no_zeros(call):
-            return Constancy.top(len(call.out_shape))
-        return Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
+            found = Constancy.top(len(call.out_shape))
+        return of_known(call, facts, source, [self.axis(call)], found)
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)

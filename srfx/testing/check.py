@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from srfx.analysis.why import CARRIER, IMPLIED, RESTORED, STATISTIC, SUSTAINED
+from srfx.analysis.why import CARRIER, IMPLIED, RELATED, RESTORED, STATISTIC, STEPS, SUSTAINED
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
 from srfx.testing.probe import probe
@@ -206,7 +206,7 @@ def assert_varies(case: Case) -> None:
 
 DOCUMENTED = frozenset(
     {"LAST_CHANNEL", RESTORED, CARRIER, STATISTIC, "BLOCK_COUNT", "MULTIPLE_OF", IMPLIED, SUSTAINED}
-    | {"SHARED_WEIGHT", "BORDER", "GROWS", "WHOLE"}
+    | {"SHARED_WEIGHT", "BORDER", "GROWS", "WHOLE", "MASKED", STEPS, RELATED}
     | {reason.name for reason in BARRIERS}
 )
 """Reasons for which a class may stay that the probe calls removable; docs/testing.md says why each is one."""

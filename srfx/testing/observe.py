@@ -131,6 +131,22 @@ class Observer:
             return None
         return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
 
+    def is_related(self, node: str, lost: Tensor) -> bool:
+        """Whether a value that never varied would, had the numbers it is made of nothing to do with each other.
+
+        Args:
+            node: its name; it is computed again with noise in place of all operands that vary.
+            lost: elements of its layout that never varied.
+        """
+        self._resampler.draw(self._good[0])
+        for values in self._inputs(self._good[0]):
+            watcher = _Apart(self._resampler.copy, node, self.varies, self.layouts[node])
+            if self._run(watcher, values, 0) is not None and watcher.range is not None:
+                least, most = watcher.range
+                size = torch.maximum(least.abs(), most.abs())
+                return bool((lost & (most - least > TOLERANCE * size)).any())
+        return False
+
     # ------------------------------------------------------------------ noise
     def confirm(self) -> None:
         """Replace what varies and had no gradient by noise, all at once; what changes an output is read after all."""
@@ -250,6 +266,29 @@ class _Watcher(fx.Interpreter):
         else:
             raise ValueError("a position may not be replaced by noise")
         return torch.where(mask, noise.to(value.dtype), value)
+
+
+class _Apart(_Watcher):
+    """Computes one node with operands that have nothing to do with each other, and notes the range of its result."""
+
+    def __init__(self, gm: fx.GraphModule, node: str, varies: Mapping[str, Tensor], layout: Shape) -> None:
+        super().__init__(gm, {}, None)
+        self._node, self._varies, self._layout = node, varies, layout
+        self.range: tuple[Tensor, Tensor] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; the one in question several times."""
+        if n.name == self._node:
+            given = dict(self.env)
+            for _ in range(3):
+                for x in n.all_input_nodes:
+                    if x.name in self._varies:
+                        self.env[x] = self._noisy(given[x], self._varies[x.name])
+                low, high = _range(super().run_node(n), self._layout)
+                before = self.range or (low, high)
+                self.range = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+            self.env.update(given)
+        return super().run_node(n)
 
 
 def _range(value: Tensor, layout: Shape) -> tuple[Tensor, Tensor]:

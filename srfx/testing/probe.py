@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from srfx.analysis import analyse
 from srfx.analysis.calls import Site
-from srfx.analysis.why import Explainer, Why, classes_of
+from srfx.analysis.why import READ, Explainer, Why, classes_of
 from srfx.ir.aliases import mutation_barriers
 from srfx.ir.capture import capture
 from srfx.ir.program import Program
@@ -32,6 +32,7 @@ from srfx.minimize import canonicalise
 from srfx.ops.facts import FactTable, collapse
 from srfx.ops.recurrent import Recurrent
 from srfx.testing.observe import Observer
+from srfx.testing.origin import Origins
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def examine(
         int(flowing.sum()),
         int(unneeded.sum()),
         int(removable.sum()),
-        tuple(_leftovers(facts, sites, watched, left)),
+        tuple(_leftovers(facts, sites, watched, left, Origins(facts, sites, observer))),
         observer.n_draws,
     )
 
@@ -337,7 +338,7 @@ def _value_probes(watched: dict[fx.Node, Fields], observer: Observer) -> list[Va
 
 
 def _leftovers(
-    facts: FactTable, sites: list[Site], watched: dict[fx.Node, Fields], left: list[int]
+    facts: FactTable, sites: list[Site], watched: dict[fx.Node, Fields], left: list[int], origins: Origins
 ) -> list[Leftover]:
     if not left:
         return []
@@ -353,5 +354,7 @@ def _leftovers(
     found = []
     for label in left:
         why = explainer.why(label)
+        if why.reason == READ:
+            why = origins.why(dict.fromkeys(member[0] for member in members[label])) or why
         found.append(Leftover(tuple(members[label]), why.reason, why.site, why.detail))
     return found

@@ -565,3 +565,21 @@ def test_single_precision_is_as_close_to_the_truth_as_before(seed: int) -> None:
     assert after < 1.5 * before, f"{after / before:.2f} times"
     # each folded bias is rounded once, as each sum in the forward pass is
     assert folded < before, f"rounding the folded constants alone costs {folded / before:.2f} times as much"
+
+
+@pytest.mark.parametrize("what", ["dtype", "device"])
+def test_a_dead_value_that_is_asked_for_its_kind_stays_a_tensor(what: str) -> None:
+    """Nothing of `front` is read but its dtype or device: one channel has to be left of it."""
+
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.beside = nn.Linear(3, 4), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.front(x)
+            kind = {what: getattr(y, what)}
+            return self.beside(x) + torch.tensor(0.7, **kind)
+
+    model = randomized(Asked()).double()
+    check(model, (torch.randn(2, 3),), routes=("symbolic",))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import srfx
+from srfx.ir.plan import Reason
 from tests.helpers import check, count, kill, masked, randomized, relative_error
 
 C, H, D, T = 20, 4, 6, 5
@@ -128,6 +129,45 @@ def test_constant_value_stays_where_a_query_may_see_no_key() -> None:
     check(model, (X,), kept=sizes(v=16, o=16))
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_constant_value_leaves_where_weights_may_be_dropped_later(is_training: bool) -> None:
+    """Dropout that is off drops nothing, as everywhere; that which is on lets only zeros pass."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha, self.back = nn.MultiheadAttention(W, H, dropout=0.5, batch_first=True), nn.Linear(W, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.mha(x, x, x)[0])
+
+    model = randomized(Layer()).double()
+    model.mha.in_proj_weight.data[2 * W :][lanes(1, 4)] = 0
+    model.train(is_training)
+    x = torch.randn(2, T, W).double()
+    small = srfx.minimize(model, (x,))
+    assert small.get_parameter("mha.v_proj.weight").shape == ((W, W) if is_training else (16, W))
+    assert relative_error(model.eval()(x), small.eval()(x)) < 1e-9
+
+
+def test_constant_value_leaves_under_a_learnt_bias() -> None:
+    class Biased(Attention):
+        def __init__(self) -> None:
+            super().__init__(sdpa())
+            self.table = nn.Parameter(torch.randn(H, T, T))
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.attend = sdpa(self.table)
+            return super().forward(x)
+
+    model = Biased()
+    kill(model.v, lanes(1, 4))
+    check(model, (X,), kept=sizes(v=16, o=16))
+    with torch.no_grad():
+        model.table[:, 2] = -torch.inf  # torch gives no number here, and nothing is known
+    assert srfx.minimize(model.double(), (X.double(),)).get_parameter("v.weight").shape == (W, C)
+
+
 def test_constant_value_stays_under_a_mask_that_is_an_input() -> None:
     class Masked(Attention):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
@@ -138,7 +178,7 @@ def test_constant_value_stays_under_a_mask_that_is_an_input() -> None:
     mask[0, :, 1] = False
     model = Masked(sdpa())
     kill(model.v, lanes(0))
-    check(model, (X, mask), kept=WHOLE)
+    check(model, (X, mask), kept=WHOLE, reasons={Reason.MASKED})
 
 
 def test_value_lanes_of_some_heads_only_keep_equally_many() -> None:

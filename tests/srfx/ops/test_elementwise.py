@@ -86,6 +86,41 @@ def test_zero_times_anything_is_zero(op: Callable[[Tensor, Tensor], Tensor]) -> 
     check(Two(op), (X,), kept={"a.weight": (6, 3, 1, 1), "back.weight": (4, 6, 1, 1)})
 
 
+CHOICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where": lambda m, x: torch.where(m, x, 0.7),
+    "where, the other way": lambda m, x: torch.where(~m, torch.full_like(x, 0.7), x),
+    "where, method": lambda m, x: x.where(m, torch.full_like(x, 0.7)),
+    "masked_fill": lambda m, x: x.masked_fill(m, 0.7),
+    "masked_fill, by name": lambda m, x: torch.masked_fill(x, mask=m, value=0.7),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_choice_between_equal_constants(name: str, width: int) -> None:
+    """Padding may put in what is there already: then it does not matter where it is put."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Conv2d(3, width, 1), nn.Conv2d(width + 2, 4, 1)
+            self.beside = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            return self.back(torch.cat([CHOICES[name](seen[:, None], self.front(x)), self.beside(x)], 1))
+
+    model = randomized(Padded()).double()
+    kill(model.front, range(min(width, 3)))
+    model.front.bias.data[0] = 0.7  # the others are other constants
+    seen = torch.rand(2, 5, 6) < 0.5
+    if width == 1:  # as wide as the mask, whose axis 1 has no channels: the column stays
+        check(model, (X, seen), kept={"front.weight": ()})
+    else:
+        check(
+            model, (X, seen), kept={"back.weight": (4, width + 1, 1, 1), "front.weight": (width - 1, 3, 1, 1)}
+        )
+
+
 @pytest.mark.parametrize(
     "op", [torch.log, torch.sqrt, torch.rsqrt, torch.reciprocal, lambda x: x**-1.5, lambda x: 1 / x]
 )

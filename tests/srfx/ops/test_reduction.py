@@ -73,6 +73,43 @@ def test_what_does_not_absorb_keeps_its_channels(name: str) -> None:
     check(network(ops[name]), X, kept={"conv.weight": (7, 3, 1, 1)}, reasons={Reason.CHANNEL_MIXING})
 
 
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "amax": lambda x: x.amax(1, keepdim=True),
+    "max": lambda x: x.max(1, keepdim=True)[0],
+    "std": lambda x: x.std(1, keepdim=True),
+    "logsumexp": lambda x: torch.logsumexp(x, 1, keepdim=True),
+    "softmax": lambda x: x.softmax(1),
+    "log_softmax": lambda x: F.log_softmax(x, 1),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(1)[0],
+    "normalize": lambda x: F.normalize(x),
+    "norm": lambda x: x.norm(dim=1, keepdim=True),
+    "infinity norm": lambda x: torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True),
+    "local response": lambda x: F.local_response_norm(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_mixes_constants_alone_yields_constants(name: str) -> None:
+    """They are stored then; when one channel varies, so does the result."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.back = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(torch.sigmoid(self.b(x) + WHOLE[name](self.a(x))))
+
+    model = randomized(Beside())
+    kill(model.a, range(5))
+    routes = ("symbolic",) if name == "local response" else ("symbolic", "export")  # torch.export takes it apart
+    check(model, X, kept={"a.weight": ()}, routes=routes)
+    model.a.weight.data[2, 0] = 1.0
+    found = check(model, X)
+    assert "a.weight" in dict(found["symbolic"].small.named_parameters())
+
+
 @given(st.integers(2, 9), st.integers(0, 8), st.booleans(), st.integers(0, 99))
 def test_any_share_of_constants(n: int, n_dead: int, divides: bool, seed: int) -> None:
     torch.manual_seed(seed)
