@@ -96,11 +96,11 @@ MUTATIONS = (
     Mutation("srfx/ops/contraction.py", "columns[2].sum(-1).unsqueeze(0) if to_bias", "columns[1].sum(-1).unsqueeze(0) if to_bias",
              NORM),
     Mutation("srfx/ops/rms_norm.py", "squares = self._squares(call) + removed.sum_squares", "squares = self._squares(call)", NORM),
-    Mutation("srfx/ops/group_norm.py", "still = ~moving[groups].view(value.shape)", "still = ~moving.all()", NORM),
+    Mutation("srfx/ops/group_norm.py", "still = (~moving | self._is_lone(call))[groups].view(value.shape)", "still = (~moving.all())[None].expand(groups.numel()).view(value.shape)", NORM),
     # attention
     Mutation("srfx/ops/attention.py", "needed = head & ~idle_q & ~idle_k", "needed = head & ~idle_q & idle_k", ATTENTION),
     Mutation("srfx/ops/attention.py", "needed | head & kept_k & idle_k", "needed", ATTENTION),
-    Mutation("srfx/ops/attention.py", "certain = self.sees_a_key(call) and not call.get(\"dropout_p\", 0.0)", "certain = True",
+    Mutation("srfx/ops/attention.py", "if self.drops(call) or not self.sees_a_key(call):", "if False:",
              ATTENTION),
     Mutation("srfx/ops/attention.py", "edits.append(set_argument(call, \"scale\", 1.0 / math.sqrt(width)))", "pass", ATTENTION),
     Mutation("srfx/ops/attention.py", "edits += loosened_views(call.node, call.program)", "pass", ATTENTION),
