@@ -96,7 +96,8 @@ MUTATIONS = (
     Mutation("srfx/ops/contraction.py", "columns[2].sum(-1).unsqueeze(0) if to_bias", "columns[1].sum(-1).unsqueeze(0) if to_bias",
              NORM),
     Mutation("srfx/ops/rms_norm.py", "squares = self._squares(call) + removed.sum_squares", "squares = self._squares(call)", NORM),
-    Mutation("srfx/ops/group_norm.py", "still = (~moving | self._is_lone(call))[groups].view(value.shape)", "still = (~moving.all())[None].expand(groups.numel()).view(value.shape)", NORM),
+    Mutation("srfx/ops/group_norm.py", "still = (~moving | self._is_lone(call))[groups]",
+             "still = (~moving | ~moving.all())[groups]", NORM),
     # attention
     Mutation("srfx/ops/attention.py", "needed = head & ~idle_q & ~idle_k", "needed = head & ~idle_q & idle_k", ATTENTION),
     Mutation("srfx/ops/attention.py", "needed | head & kept_k & idle_k", "needed", ATTENTION),

@@ -182,7 +182,7 @@ def settings(
     shape = tuple(weight.shape)
     if isinstance(layer, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
     if isinstance(layer, _NORMS):
         return {"num_features": shape[0]}

@@ -95,7 +95,7 @@ def dynamic_axes(program: ExportedProgram) -> list[dict[int, FreeSize]]:
         axes: dict[int, FreeSize] = {}
         sizes: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
         for axis, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_number:  # a number: torch fixed it
                 limits = program.range_constraints.get(size.node.expr)
                 lower, upper = (0, int_oo) if limits is None else (limits.lower, limits.upper)
                 axes[axis] = FreeSize(

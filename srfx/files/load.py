@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from srfx.errors import DamagedFileError, FileError
+from srfx.errors import DamagedFileError, FileError, PlanError
 from srfx.files.container import Fetch, read
 from srfx.files.modules import ModuleReader
 from srfx.files.original import Original
@@ -68,7 +68,11 @@ def load(
         with torch.no_grad(), plain_torch(), on_cpu():
             return _build(document, fetch, model, place)
     except FileError as error:
+        if os.fspath(path) in str(error):  # of the container, which knows its name
+            raise
         raise type(error)(f"{os.fspath(path)}: {error}") from error
+    except PlanError as error:
+        raise DamagedFileError(f"{os.fspath(path)} is damaged: {error}") from error
     except _MISREADINGS as error:
         raise DamagedFileError(f"{os.fspath(path)} is damaged: {type(error).__name__}: {error}") from error
 

@@ -145,6 +145,10 @@ class TensorReader:
         held = tuple(min(1, n) if step == 0 else n for n, step in zip(shape, steps, strict=True))
         found = self.fetch(entry["stored"], entry["sha256"])
         if found.dtype != dtype:
+            if found.element_size() * math.prod(found.shape) != dtype.itemsize * math.prod(held):
+                raise DamagedFileError(
+                    f"the file is damaged: {key!r} is {_plain(found.dtype)} in the file, listed as {_plain(dtype)}"
+                )
             found = found.view(dtype).reshape(held)
         if tuple(found.shape) != held:
             raise DamagedFileError(
@@ -163,6 +167,10 @@ class TensorReader:
         if name not in self.memories:
             self.memories[name] = self.fetch(name, memory["sha256"]).to(device)
         return self.memories[name]
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(tensor: Tensor, name: str) -> None:

@@ -146,6 +146,8 @@ def test_from_a_function_in_a_module(folder: Path, capsys: pytest.CaptureFixture
     save_file({"x": torch.ones(1)}, "odd.safetensors")
     code, _, err = run(capsys, "minimize", f"{name}:make", "out.pt2", "--weights", "odd.safetensors")
     assert (code, "do not fit the model" in err) == (FAILED, True)
+    code, _, err = run(capsys, "minimize", f"{name}:make", "out.pt2", "--weights", "gone.safetensors")
+    assert (code, "there is no file gone.safetensors" in err) == (FAILED, True)
     torch.save(pruned(), "whole.pt")  # a pickled module, which would run code
     for odd in ("whole.pt", f"{name}.py"):
         code, _, err = run(capsys, "minimize", f"{name}:make", "out.pt2", "--weights", odd)

@@ -369,3 +369,25 @@ def test_hugging_face_models(kind: str) -> None:
         if told is not None:
             again = net.generate(kwargs["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=0)
             assert torch.equal(told, again)
+
+
+@pytest.mark.parametrize("route", ["symbolic", "export"])
+def test_a_bag_of_embeddings(route: str) -> None:
+    """Its columns of zeros go; whatever the route, its attributes follow."""
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.back = nn.EmbeddingBag(7, 6), nn.Linear(6, 2)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.back(self.bag(words))
+
+    model = randomized(Bag()).double()
+    with torch.no_grad():
+        model.bag.weight[:, [1, 4]] = 0
+    words = torch.randint(0, 7, (3, 5))
+    wanted = model(words)
+    srfx.apply_(model, srfx.minimize(trace(model, (words,), route), (words,)), inputs=(words,))
+    assert (model.bag.num_embeddings, model.bag.embedding_dim, model.back.in_features) == (7, 4, 4)
+    assert relative_error(wanted, model(words)) < 1e-9

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -238,41 +239,74 @@ def test_classes_that_a_file_may_not_name(file: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        lambda d: d["module"].__setitem__("name", "x\nimport os"),
-        lambda d: d["module"]["children"]["0"]["state"].__setitem__("_forward_hooks", {"dict": []}),
-        lambda d: d["module"]["children"]["0"]["state"].__setitem__("__class__", 1),
-        lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"unheard": 1}),
-        lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"a": 1, "b": 2}),
-        lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"torch": "load"}),
-        lambda d: d["module"]["children"]["0"]["parameters"].__setitem__("weight", "no.such"),
-        lambda d: d["tensors"]["0.weight"].__setitem__("shape", [1, 1]),
-        lambda d: d["tensors"]["0.weight"].__setitem__("stride", [0, 0]),
-        lambda d: d["tensors"]["0.weight"].__setitem__("dtype", "float64"),
-        lambda d: d["tensors"]["0.weight"].__setitem__("dtype", "load"),
-        lambda d: d["tensors"]["0.weight"].__setitem__("parameter", False),
-        lambda d: d["tensors"]["0.weight"].__setitem__("device", "cuda:77"),
-        lambda d: d["tensors"]["0.weight"].__setitem__("stored", "__srfx__"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("name", "a b"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("name", "import"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", 'x"); import os; ("'),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", "0.__class__"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", "nowhere"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("kwargs", {"x=1, y": 1}),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("args", [{"node": "output"}]),
-        lambda d: d["module"]["graph"]["nodes"].pop(0),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("op", "call_nobody"),
-        lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", 5),
-        lambda d: d["module"]["graph"]["nodes"][2].__setitem__("name", d["module"]["graph"]["nodes"][1]["name"]),
-        lambda d: d.__setitem__("module", d["module"]["children"]["0"]),
-        lambda d: d["record"].__setitem__("more", 1),
-        lambda d: d["record"]["plan"].__setitem__("version", 9),
+        (lambda d: d["module"].__setitem__("name", "x\nimport os"), "should be an identifier"),
+        (lambda d: d["module"]["children"]["0"]["state"].__setitem__("_forward_hooks", {"dict": []}),
+         "0 sets ['_forward_hooks']"),
+        (lambda d: d["module"]["children"]["0"]["state"].__setitem__("__class__", 1),
+         "'__class__' is no name of an attribute"),
+        (lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"unheard": 1}),
+         "a value of kind 'unheard' is unknown here"),
+        (lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"a": 1, "b": 2}),
+         "expected one key, got ['a', 'b']"),
+        (lambda d: d["module"]["children"]["0"]["state"].__setitem__("in_features", {"torch": "load"}),
+         "no dtype, layout or memory format 'load'"),
+        (lambda d: d["module"]["children"]["0"]["parameters"].__setitem__("weight", "no.such"),
+         "no tensor 'no.such' is listed"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("shape", [1, 1]), "'0.weight' is [6, 3], should be [1, 1]"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("stride", [0, 0]), "'0.weight' is [6, 3], should be [1, 1]"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("dtype", "float64"),
+         "'0.weight' is float32 in the file, listed as float64"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("dtype", "load"), "'0.weight' has dtype 'load'"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("parameter", False), "weight is listed among the parameters"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("device", "cuda:77"),
+         "cannot be made (Torch not compiled with CUDA enabled); load(..., device='cpu')?"),
+        (lambda d: d["tensors"]["0.weight"].__setitem__("stored", "__srfx__"),
+         "net.srfx is damaged: the bytes of '__srfx__'"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("name", "a b"), "'a b' should be an identifier"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("name", "import"),
+         "a node reads '_0' before it is computed"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", 'x"); import os; ("'), "_0 has the target"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", "0.__class__"),
+         "_0 has the target '0.__class__'"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", "nowhere"), "no attribute 'nowhere'"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("kwargs", {"x=1, y": 1}),
+         "'x=1, y' should be an identifier"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("args", [{"node": "output"}]),
+         "a node reads 'output' before it is computed"),
+        (lambda d: d["module"]["graph"]["nodes"].pop(0), "a node reads 'input_1' before it is computed"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("op", "call_nobody"), "'call_nobody' no kind of node"),
+        (lambda d: d["module"]["graph"]["nodes"][1].__setitem__("target", 5), "_0 has the target 5"),
+        (lambda d: d["module"]["graph"]["nodes"][2].__setitem__("name", d["module"]["graph"]["nodes"][1]["name"]),
+         "'_0' is no new node"),
+        (lambda d: d.__setitem__("module", d["module"]["children"]["0"]), "its root is no graph"),
+        (lambda d: d["record"].__setitem__("more", 1), "unexpected keyword argument 'more'"),
+        (lambda d: d["record"]["plan"].__setitem__("version", 9), "expected a plan of version 1, got version 9"),
     ],
 )  # fmt: skip
-def test_nonsense(file: Path, change: Any) -> None:
-    with pytest.raises(SrfxError):
+def test_nonsense(file: Path, change: Any, said: str) -> None:
+    """What is wrong and where, with the file's path once."""
+    if "CUDA" in said and torch.cuda.is_available():
+        said = "cannot be made"
+    with pytest.raises(FileError, match=re.escape(said)) as raised:
         srfx.load(rewritten(file, change))
+    assert str(raised.value).count(str(file)) == 1
+
+
+def test_a_tensor_that_cannot_be_read(file: Path) -> None:
+    """A dtype that the format knows and torch does not."""
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    head = json.loads(whole[8 : 8 + length])
+    head["0.weight"].update(
+        dtype="F4", shape=[2 * 4 * n for n in head["0.weight"]["shape"][:1]] + head["0.weight"]["shape"][1:]
+    )
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    with pytest.raises(DamagedFileError, match=r"net\.srfx is damaged: '0\.weight' cannot be read"):
+        srfx.load(file)
 
 
 # ---------------------------------------------------------------------- writing
@@ -338,6 +372,13 @@ class Own(nn.Module):
         return self.inner(x) * self.scale
 
 
+class Foreign(nn.Module):
+    """Not what the file was made from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Special(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -349,7 +390,7 @@ class Special(nn.Module):
 
 class KeepsOwn(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, Own) or super().is_leaf_module(m, name)
+        return isinstance(m, (Own, Foreign)) or super().is_leaf_module(m, name)
 
 
 def traced(net: nn.Module) -> fx.GraphModule:
@@ -390,6 +431,10 @@ def test_own_modules_and_hooks_come_from_the_original(tmp_path: Path) -> None:
     fresh.own = nn.Sequential()  # torch.fx traces into it, so that no module is there
     with pytest.raises(FileError, match=r"has no module 'own', which is a .*Own.*: is it the original\?"):
         srfx.load(path, lambda: traced(fresh))
+    other = Special()
+    other.own = Foreign()
+    with pytest.raises(FileError, match=r"own is a .*Own in the file, in model a .*Foreign"):
+        srfx.load(path, lambda: traced(other))
 
 
 def test_hooks_alone_need_the_original(tmp_path: Path) -> None:
@@ -425,6 +470,13 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(UnsavableError, match=r"the module 0 .*object"):
         srfx.save(small, tmp_path / "x")
     del small.get_submodule("0").note
+    weight = small.get_submodule("0").weight
+    small.get_submodule("0").weight = nn.Parameter(weight.detach().to_sparse())
+    with pytest.raises(
+        UnsavableError, match=r"0\.weight is torch\.sparse_coo, quantized False; only dense ones"
+    ):
+        srfx.save(small, tmp_path / "x")
+    small.get_submodule("0").weight = weight
     small.to("meta")
     with pytest.raises(UnsavableError, match="no values"):
         srfx.save(small, tmp_path / "x")

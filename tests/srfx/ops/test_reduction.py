@@ -103,7 +103,9 @@ def test_what_mixes_constants_alone_yields_constants(name: str) -> None:
 
     model = randomized(Beside())
     kill(model.a, range(5))
-    routes = ("symbolic",) if name == "local response" else ("symbolic", "export")  # torch.export takes it apart
+    routes = (
+        ("symbolic",) if name == "local response" else ("symbolic", "export")
+    )  # torch.export takes it apart
     check(model, X, kept={"a.weight": ()}, routes=routes)
     model.a.weight.data[2, 0] = 1.0
     found = check(model, X)
