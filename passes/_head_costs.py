@@ -28,16 +28,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class HeadCosts:
-    """Seconds of a call, of a multiplication, and of a weight that is read; the numbers are those of a common core."""
+    """Seconds of a call, of a multiplication, and of a weight that is read; the numbers are those of a common core.
+
+    Attributes:
+        has_fill: whether projections compute the lanes that only fill heads up; else zeros are put there.
+    """
 
     call_s: float = 5e-6
     mac_s: float = 2e-11
     weight_s: float = 2e-10
+    has_fill: bool = False
 
     @classmethod
     def of(cls, machine: MachineCosts | None) -> HeadCosts:
-        """Those of a machine; None: those of a common one."""
-        return cls() if machine is None else cls(machine.call_s, machine.mac_s, machine.weight_s)
+        """Those of a machine, where no index needs to be worth its bytes; None: those of a common one."""
+        return cls() if machine is None else cls(machine.call_s, machine.mac_s, machine.weight_s, True)
 
     def of_groups(self, n_calls: int) -> float:
         """Seconds that one group more takes."""
@@ -50,7 +55,7 @@ class Lanes:
 
     Attributes:
         labels: [heads, D].
-        each_s: seconds that one lane of one head takes, with the rows and columns of projections that belong to it.
+        each_s: seconds that one lane of one head takes, with the rows and columns of projections that are computed for it.
     """
 
     labels: Tensor
@@ -67,7 +72,7 @@ def lanes_of(facts: FactTable, region: Region, sites: Sites, costs: HeadCosts, s
                 found.append(Lanes(labels, costs.mac_s * macs))
     for site in (*(sites[n] for n in region.nodes), region.reader):
         rule, call = site.rule, site.call
-        if isinstance(rule, Contraction) and rule.refused(call) is None:
+        if costs.has_fill and isinstance(rule, Contraction) and rule.refused(call) is None:
             inner, outer = (rule.x(call), site.node) if site is region.reader else (site.node, rule.x(call))
             axis = rule.channel_axis(call)
             n_others = _size(facts, outer, axis, shapes) / rule.groups(call)
@@ -161,14 +166,14 @@ def sort_into_groups(counts: Tensor, each_s: Sequence[float], call_s: float, roo
 
 
 def seconds(facts: FactTable, sites: Sequence[Site], costs: HeadCosts, shapes: Shapes) -> float:
-    """Seconds that the products and projections among these calls take, at what is kept."""
+    """Seconds that the products and, where they compute what fills heads up, the projections among these calls take."""
     total = 0.0
     for site in sites:
         rule, call = site.rule, site.call
         if not isinstance(call.output, Tensor):
             continue
         shape = [_size(facts, site.node, a, shapes) for a in range(len(call.out_shape))]
-        if isinstance(rule, Contraction) and rule.refused(call) is None:
+        if costs.has_fill and isinstance(rule, Contraction) and rule.refused(call) is None:
             axis, w = rule.channel_axis(call), rule.w(call)
             columns = _size(facts, rule.x(call), axis, shapes) / rule.groups(call)
             n_weights = shape[axis] * columns * math.prod(call.shape(w)[2:])
