@@ -12,10 +12,23 @@ from srfx.ops.rule import Effect
 
 
 def liveness(facts: FactTable, sites: list[Site]) -> None:
-    """Recompute ``facts.live`` in one sweep against the edges.  Monotone in ``facts.kept``: it only ever grows."""
+    """Recompute ``facts.live`` against the edges.  Monotone in ``facts.kept``: it only ever grows.
+
+    Which of its operands a sum reads is known once it is known what of it is live; so what is executed is asked for after
+    each sweep, and swept again until nothing is new.
+    """
+    present = set(executed(facts, sites)) if facts.live else set[Value]()
+    while True:
+        _sweep(facts, sites, present)
+        found = set(executed(facts, sites))
+        if found <= present:
+            return
+        present |= found
+
+
+def _sweep(facts: FactTable, sites: list[Site], present: set[Value]) -> None:
     facts.live = {}
     _demand_outputs(facts)
-    present = set(executed(facts, sites))
     for site in reversed(sites):
         live = facts.live.get(site.node)
         if live is None and site.rule.effect is not Effect.IMPURE:

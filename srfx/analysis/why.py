@@ -163,15 +163,22 @@ class Explainer:
             self._note_special(site, demand, found)
         output = self.facts.program.gm.graph.output_node()
         for node in output.all_input_nodes:
+            rank, why = 1, Why(READ, "output", f"{node.name} is an output")
+            if self._is_integer(node):  # positions of maxima, which no rule follows
+                rank, why = 0, Why(Reason.DATA_DEPENDENT.name, node.name, "integers that are an output")
             for value, part in _parts(node, self.facts.live.get(node)):
                 for label in self._labels(value, part):
-                    _note(found, label, 1, Why(READ, "output", f"{node.name} is an output"))
+                    _note(found, label, rank, why)
             if not self.facts.program.is_tensor(node):
                 continue  # a size
             template = restored(self.facts, node)
             for label in self._labels(node, template) if bool(template.any()) else ():
                 _note(found, label, 0, Why(RESTORED, node.name))
         return {label: why for label, (_, why) in found.items()}
+
+    def _is_integer(self, node: fx.Node) -> bool:
+        hint = self.facts.program.hints.get(node)
+        return isinstance(hint, Tensor) and not (hint.is_floating_point() or hint.is_complex())
 
     def _carried(self, node: fx.Node) -> list[int]:
         """Classes of a node's result."""

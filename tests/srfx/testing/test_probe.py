@@ -377,6 +377,45 @@ def test_a_constant_state_of_a_cell_that_is_used_twice() -> None:
     assert found.reasons == {"SHARED_WEIGHT": 1}
 
 
+def test_a_branch_that_adds_a_constant_is_not_there() -> None:
+    """Which operand a sum does not read is known once it is known what of the sum is live."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Linear(3, 4)
+            self.q, self.k, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.front(x)
+            scores = (self.q(y) @ self.k(y).transpose(-1, -2)) / 2.0
+            return torch.tanh(y + self.o(scores.softmax(-1) @ y))
+
+    model = randomized(Net())
+    model.o.weight.data.zero_()
+    found = probe(model, torch.randn(2, 5, 3))
+    assert found.n_removable == 4
+    assert not found.leftovers
+
+
+def test_a_position_that_is_an_output_is_read() -> None:
+    """The largest of equal numbers stands anywhere: the constants stay, and the reason is given."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.front(x)
+            return y.amax(1), y.argmax(1)
+
+    model = randomized(Net())
+    kill(model.front, [1, 3])
+    found = probe(model, torch.randn(2, 5, 3))
+    assert found.reasons == {Reason.DATA_DEPENDENT.name: 2}
+
+
 def test_a_product_has_no_place_for_a_bias() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
