@@ -89,7 +89,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", default=list(zoo.NAMES))
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="not compiled")
+    parser.add_argument("--compiled", action="store_true", help="not eager")
     parser.add_argument("--ways", nargs="+", choices=["ragged", "auto"], default=["ragged", "auto"])
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--json", type=Path)
@@ -102,7 +103,8 @@ def main() -> None:
     for name in given.names:
         for batch in given.batch or [1, 8]:
             done = [r["compiled"] for r in rows if (r["model"], r["batch"]) == (name, batch)]
-            left = [c for c in ([False] if given.eager else [False, True]) if c not in done]
+            kinds = [False] * (not given.compiled) + [True] * (not given.eager)
+            left = [c for c in kinds if c not in done]
             for row in measure(name, batch, left, given.ways) if left else ():
                 rows.append(row)
                 rows.sort(key=lambda r: zoo.NAMES.index(r["model"]))
