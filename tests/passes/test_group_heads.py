@@ -268,6 +268,19 @@ def test_a_shared_projection_is_refused(calls_are_free: None) -> None:
     assert all(len(products(outcome.small)) == 1 for outcome in found.values())
 
 
+def test_queries_and_keys_of_one_projection_have_one_in_each_group(calls_are_free: None) -> None:
+    model = Heads(kind="masked")
+    model.k = model.q
+    narrowed(model, [(4, 6) if h % 2 else (16, 16) for h in range(6)])
+    with torch.no_grad():  # the lanes of queries and keys are drawn one after the other
+        for h in (1, 3, 5):
+            _zero(model, "q", h * D + torch.arange(4, D))
+    found = check(model, tokens(), routes=("symbolic",), ragged=True)
+    small = found["symbolic"].small
+    assert len(products(small)) == 2
+    assert {n.split(".")[0] for n in shapes(small)} == {"q", "q_1", "v", "v_1", "o", "head"}
+
+
 def test_a_head_that_others_read_too_is_left(calls_are_free: None) -> None:
     """The keys are an output of the network: no group may have its own."""
 
