@@ -1,4 +1,4 @@
-"""Remove calls that return their operand and always will.
+"""Remove calls that return their operand and always will, and calls that nobody reads.
 
 Before: y = dropout(x[:, :], 0.1, False)      After: y = x
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from srfx.ir.aliases import Kind, mutation_barriers, value_kinds
 from srfx.ir.attrs import get_attr
-from srfx.ir.dead_code import remove_dead_nodes
+from srfx.ir.dead_code import is_removable, remove_dead_nodes
 from srfx.ir.effects import op_name
 from srfx.ir.exported import is_check
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
@@ -55,7 +55,7 @@ class DropNoop(Edit):
 
 @register_pass("drop-noops")
 class DropNoops(Pass):
-    """Drop what is a no-op for good: baked dropout, Identity, alias, full slices, asserts.
+    """Drop what is a no-op for good: baked dropout, Identity, alias, full slices, asserts, and what nobody reads.
 
     Kept, since they live on: ``nn.Dropout`` modules (``.train()`` switches them on again), ``detach`` where a
     gradient could arrive, ``contiguous``, ``clone`` and casts.  Asserts go when they look at nothing but
@@ -71,7 +71,7 @@ class DropNoops(Pass):
         kinds = value_kinds(gm.graph)
         gradients = _may_carry_gradients(gm)
         for node in gm.graph.nodes:
-            if _is_shape_assert(node):
+            if _is_shape_assert(node) or (not node.users and is_removable(node)):
                 plan.edits.append(DropNoop(node.name))
                 continue
             operand = _operand_of_noop(gm, node, kinds, gradients)
@@ -94,7 +94,7 @@ class DropNoops(Pass):
         gm.graph.erase_node(node)
 
     def finish(self, gm: fx.GraphModule) -> None:
-        """Remove what only the asserts read."""
+        """Remove what only the dropped calls read."""
         remove_dead_nodes(gm)
 
 

@@ -13,6 +13,7 @@ from srfx.ir.plan import Reason
 from srfx.ir.program import Param, Value
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import FactTable, Labeller
+from srfx.ops.matrix_form import is_uniform
 from srfx.ops.rule import OpRule
 
 
@@ -82,11 +83,14 @@ class ContractionCall(OpRule):
         return None
 
     def is_private(self, call: Call, facts: FactTable) -> bool:
-        """Whether weight and bias may be changed: one site only, and one channel vector at every outer position."""
-        x, axis = self.x(call), self.channel_axis(call)
+        """Whether weight and bias may be changed: one site only, one channel vector, known alike at all positions."""
         if self.is_shared(call) or not self.has_own_bias(call):
             return False
-        return all(n == 1 for a, n in enumerate(facts.layout(x)) if a != axis)
+        x, axis = self.x(call), self.channel_axis(call)
+        field, found = facts.fields(x).get(axis), facts.constancy(x)
+        if field is not None and field.numel() != field.shape[axis]:
+            return False
+        return is_uniform(found.varies, axis) and is_uniform(found.value, axis)
 
     def is_shared(self, call: Call) -> bool:
         """Whether weight or bias serve other sites too."""

@@ -288,14 +288,14 @@ class ContractionFacts(ContractionCall):
         kept = self._by_group(call, self.kept_operand(call, facts)) | facts.is_kept(affine.sources)
         if self.is_bound(call):
             return affine.mask & ~kept if self.may_add(call, facts) else None
+        if not self.is_private(call, facts):
+            return None
         return affine.mask & (~kept | marked_at(kept, facts.emitted.get(affine.norm)))
 
     def taken(self, call: Call, facts: FactTable) -> tuple[fx.Node, Tensor] | None:
         """The norm whose channels [C] this call does not read, but takes from the norm's statistics."""
         live = facts.live.get(call.node)
         if self.refused(call) is not None or not isinstance(live, Tensor):
-            return None
-        if not self.is_private(call, facts) and not self.may_add(call, facts):
             return None
         c = self.known(call, facts)
         gone = self._combinable(call, facts, c)

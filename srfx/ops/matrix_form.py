@@ -13,6 +13,13 @@ def flat_positions(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[-2:])
 
 
+def is_uniform(t: Tensor, axis: int) -> bool:
+    """Whether an element depends on its position along ``axis`` alone."""
+    others = [a for a, n in enumerate(t.shape) if a != axis and n > 1]
+    first = t[tuple(slice(0, 1) if a in others else slice(None) for a in range(t.dim()))]
+    return not others or bool((t == first).all())
+
+
 def split_axis(t: Tensor, axis: int, groups: int) -> Tensor:
     """The view of one axis as [groups, rest]."""
     found: Tensor = t.unflatten(axis, (groups, -1))

@@ -5,6 +5,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+import srfx
 from srfx.ir.capture import capture
 from srfx.ir.dead_code import is_removable, remove_dead_nodes
 from srfx.ir.plan import Reason
@@ -226,3 +227,23 @@ def test_dead_nodes_go_and_effects_stay():
     assert [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")] == kept
     assert not hasattr(gm, "plain")
     assert not remove_dead_nodes(gm)
+
+
+def test_a_reader_that_nobody_reads_holds_nothing():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.write, self.norm, self.read = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            y = self.norm(self.write(x))
+            torch.sigmoid(y)  # no linear reader of the norm, were it one
+            return self.read(y)
+
+    model = Idle().double().eval()
+    with torch.no_grad():
+        model.write.weight[:3] = 0
+    x = torch.randn(2, 3, dtype=torch.float64)
+    small = srfx.minimize(fx.symbolic_trace(model), x)
+    assert small.write.weight.shape == (3, 3)
+    assert_same(model(x), small(x))
