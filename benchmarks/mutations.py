@@ -103,8 +103,9 @@ MUTATIONS = (
     Mutation("srfx/ops/attention.py", "needed | head & kept_k & idle_k", "needed", ATTENTION),
     Mutation("srfx/ops/attention.py", "if self.drops(call) or not self.sees_a_key(call):", "if False:",
              ATTENTION),
-    Mutation("srfx/ops/attention.py", "edits.append(set_argument(call, \"scale\", 1.0 / math.sqrt(width)))", "pass", ATTENTION),
-    Mutation("srfx/ops/attention.py", "edits += loosened_views(call.node, call.program)", "pass", ATTENTION),
+    Mutation("srfx/ops/attention.py", "return [set_argument(call, \"scale\", 1.0 / math.sqrt(width))]", "pass", ATTENTION),
+    Mutation("passes/compact_channels.py", "return edits + [e for s in computed for e in s.rule.loosen(s.call)] if edits else []",
+             "return edits", (*ATTENTION, OPS + "views.py")),
     Mutation("srfx/ops/attention.py", "if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):", "if True:",
              ATTENTION),
     # recurrent layers

@@ -96,13 +96,14 @@ def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
         if s.node in present or isinstance(e, FreezeSize)
     ]
     frozen = [e for e in arguments if isinstance(e, FreezeSize)]
-    return [
+    edits = [
         *fold,
         *compact,
         *(e for e in arguments if not isinstance(e, FreezeSize)),
         *_restore(facts),
         *frozen,
     ]
+    return edits + [e for s in computed for e in s.rule.loosen(s.call)] if edits else []
 
 
 def _fields_by_path(facts: FactTable) -> dict[str, Fields]:

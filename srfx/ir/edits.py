@@ -214,6 +214,7 @@ class AffineAfter(GraphEdit):
                 result = graph.call_function(operator.add, (result, shift))
         for user in users:
             user.replace_input_with(node, result)
+        editor.nodes[self.node] = result
 
 
 @dataclass(frozen=True)
@@ -357,6 +358,7 @@ class RestoreOutput(GraphEdit):
             gathered = graph.call_function(torch.index_select, (result, self.axis, index))
             restored = graph.call_function(torch.where, (mask, gathered, template))
         output.replace_input_with(result, restored)
+        editor.nodes[self.result] = restored  # another axis may have lost channels, too
 
 
 @dataclass(frozen=True)

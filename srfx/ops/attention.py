@@ -24,7 +24,6 @@ from srfx.lattice.movement import Fields, Shape
 from srfx.nn.attention import DropoutAttention
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.invariance import is_shift_invariant
-from srfx.ops.layout import loosened_views
 from srfx.ops.linear import MatmulWithParameter
 from srfx.ops.registry import op_rule
 from srfx.ops.rule import OpRule
@@ -322,12 +321,9 @@ class Attention(OpRule):
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         if call.get("enable_gqa"):
             return []
-        q, _, v = self.operands(call)
+        q = self.operands(call)[0]
         width = call.shape(q)[-1]
         is_narrower = facts.changed(facts.fields(q), len(call.shape(q)) - 1, width)
-        edits: list[GraphEdit] = []
         if is_narrower and call.get("scale") is None:
-            edits.append(set_argument(call, "scale", 1.0 / math.sqrt(width)))
-        if is_narrower or facts.changed(facts.fields(v), len(call.shape(v)) - 1, call.shape(v)[-1]):
-            edits += loosened_views(call.node, call.program)  # torch takes another kernel for other widths
-        return edits
+            return [set_argument(call, "scale", 1.0 / math.sqrt(width))]
+        return []

@@ -107,6 +107,10 @@ class OpRule:
         """Labels that have to be kept beside the live ones, given the kept set so far (None: no more)."""
         return None
 
+    def loosen(self, call: Call) -> Iterable[GraphEdit]:
+        """Edits that a call needs once anything before it is rewritten: its operand may be laid out otherwise."""
+        return []
+
     def reads(self, call: Call, facts: FactTable) -> list[Value]:
         """Operands that the rewritten call still takes; the others need not be computed."""
         return call.values()

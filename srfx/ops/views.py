@@ -1,4 +1,4 @@
-"""Views of the same elements in another shape: view, reshape, flatten, squeeze, expand (theory: Lemmas M1 to M5)."""
+"""Views of the same elements in another shape: view, reshape, flatten, squeeze, expand (theory: Lemmas M1 to M7)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
+from srfx.ir.edits import ViewAnyLayout
 from srfx.ir.program import Value
 from srfx.lattice.movement import Fields, Regroup, Step
 from srfx.ops.facts import FactTable, Labeller
@@ -79,6 +80,13 @@ class View(Reshaping):
             return []  # view_as: the shape comes from another tensor, which loses the same channels
         name = "size" if "size" in call.bound else "shape"
         return resized(call, facts, name, facts.fields(call.node), call.out_shape)
+
+    def loosen(self, call: Call) -> Iterable[GraphEdit]:
+        """``view`` asks for strides that fit, ``reshape`` does not (theory: Lemma M7)."""
+        node = call.node
+        is_of_dtype = bool(node.kwargs) or any(isinstance(a, torch.dtype) for a in node.args)
+        is_view = (node.target == "view" and not is_of_dtype) or node.target is aten.view.default
+        return [ViewAnyLayout(node.name)] if is_view else []
 
 
 def _template(call: Call) -> list[Value]:

@@ -193,3 +193,20 @@ def test_softmax_over_positions_passes_channels() -> None:
     model = randomized(Sandwich(nn.Conv2d(3, 8, 1), lambda x: x * x.softmax(3), nn.Conv2d(8, 4, 1)))
     kill(model.front, [0, 3, 7], bias=True)
     check(model, (PICTURES,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1)})
+
+
+def test_a_constant_output_is_restored_behind_the_mean_of_copies() -> None:
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc(x)[:, None].expand(-1, 5, -1)
+            return y.mean(1), y.mean(2)
+
+    model = randomized(Copies())
+    kill(model.fc, rows=range(4))
+    check(
+        model, (torch.randn(2, 3),), idempotent=False
+    )  # of a constant output only the shape is left to compute

@@ -133,3 +133,23 @@ def test_what_only_lends_its_batch_keeps_a_channel() -> None:
 
     model = randomized(Lent())
     check(model, (torch.randn(2, 3),), others=[(torch.randn(5, 3),)], idempotent=False)
+
+
+class Leaning(nn.Module):
+    """A view of a sum that is laid out by tokens, as its first operand is, which is constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).transpose(0, 1) + self.b(x.transpose(0, 1))
+        return self.c(y.transpose(0, 1).view(-1, 4))
+
+
+def test_a_view_does_not_lean_on_strides_that_are_gone() -> None:
+    model = randomized(Leaning())
+    kill(model.a, rows=range(4))
+    kill(model.b, rows=[1])
+    kept = {"a.weight": (), "b.weight": (3, 3), "c.weight": (2, 3)}
+    check(model, (torch.randn(2, 5, 3),), kept=kept, others=[(torch.randn(4, 5, 3),)])
