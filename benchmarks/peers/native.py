@@ -36,7 +36,7 @@ def native(small: fx.GraphModule, x: Tensor) -> fx.GraphModule:
             if (through := _passed_through(node, added)) is not None:
                 node.replace_all_uses_with(through)
                 continue
-            _simplify(node)
+            _simplify(node, run)
             if node.target in _READERS:
                 _cut(gm, node, run)
         run.env[node] = run.run_node(node)
@@ -55,10 +55,27 @@ def _passed_through(node: fx.Node, added: set[str]) -> fx.Node | None:
     return None
 
 
+class Slice(nn.Module):
+    """The first channels: a norm that somebody builds has no choice of those it writes."""
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        self.n_channels = n_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels are the last axis."""
+        return x[..., : self.n_channels]
+
+
+def _norm_and_slice(x: Tensor, shape: list[int], n_channels: int, eps: float) -> Tensor:
+    return F.layer_norm(x, shape, eps=eps)[..., :n_channels]
+
+
 def _plain(module: nn.Module, x: Any) -> nn.Module:
     dtype = torch.float32
     if isinstance(module, CompensatedLayerNorm):
-        return nn.LayerNorm(module.normalized_shape, eps=module.eps, dtype=dtype)
+        norm = nn.LayerNorm(module.normalized_shape, eps=module.eps, dtype=dtype)
+        return norm if module.outputs is None else nn.Sequential(norm, Slice(len(module.outputs)))
     if isinstance(module, nn.Linear) and x.shape[-1] != module.in_features:
         return nn.Linear(x.shape[-1], module.out_features, module.bias is not None, dtype=dtype)
     if isinstance(module, nn.Conv2d) and module.groups == 1 and x.shape[1] != module.in_channels:
@@ -69,11 +86,22 @@ def _plain(module: nn.Module, x: Any) -> nn.Module:
     return module
 
 
-def _simplify(node: fx.Node) -> None:
+def _simplify(node: fx.Node, run: fx.Interpreter) -> None:
     """A compensated norm in functional form becomes torch's."""
     if node.target is compensated_layer_norm:
         named = {key: node.kwargs[key] for key in ("weight", "bias", "eps") if key in node.kwargs}
-        node.target, node.args, node.kwargs = F.layer_norm, node.args[:2], named
+        outputs = node.kwargs.get("outputs")
+        if outputs is None:
+            node.target, node.args, node.kwargs = F.layer_norm, node.args[:2], named
+            return
+        assert isinstance(outputs, fx.Node)
+        eps = named.get("eps", 1e-5)
+        node.target, node.args, node.kwargs = (
+            _norm_and_slice,
+            (*node.args[:2], run.env[outputs].numel(), eps),
+            {},
+        )
+        return
     ours = getattr(node.target, "__module__", "") or ""
     assert not ours.startswith("srfx"), f"say here what the plain form of {node.format_node()} is"
 
