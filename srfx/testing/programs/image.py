@@ -168,9 +168,7 @@ def gate(b: Builder, x: Val) -> Val:
 def pool(b: Builder, x: Val) -> Val:
     """A pool, an interpolation or a padding."""
     c, h, w = x.dims
-    form = b.choose.pick(
-        ("max", "avg", "adaptive", "avg same", "interpolate", "pad", "unshuffle", "shuffle", "lp", "zeropad")
-    )
+    form = b.choose.pick(("max", "avg", "adaptive", "avg same", "interpolate", "pad", "lp", "zeropad"))
     if form in ("max", "avg", "lp") and min(h, w) >= 2:
         padding = b.choose.pick((0, 1)) if form != "lp" else 0
         code = {"max": "nn.MaxPool2d(2", "avg": "nn.AvgPool2d(2", "lp": "nn.LPPool2d(2, 2"}[form]
@@ -199,20 +197,12 @@ def pool(b: Builder, x: Val) -> Val:
     if form == "zeropad":
         k = b.choose.pick((1, 2))
         return b.let(f"F.pad({x.name}, (0, 0, 0, 0, {k}, 0))", IMAGE, (c + k, h, w))
-    if form == "unshuffle" and h % 2 == 0 and w % 2 == 0 and c <= 6:
-        return b.let(f"F.pixel_unshuffle({x.name}, 2)", IMAGE, (4 * c, h // 2, w // 2))
-    if form == "shuffle" and c % 4 == 0 and max(h, w) <= 7:
-        return b.let(f"F.pixel_shuffle({x.name}, 2)", IMAGE, (c // 4, 2 * h, 2 * w))
     return b.like(x, f"F.avg_pool2d({x.name}, 3, 1, 1, count_include_pad={b.choose.flag()})")
 
 
 def shuffle(b: Builder, x: Val) -> Val:
-    """Channels in another order, as views or as a module; or in exchange for pixels."""
-    c, height, width = x.dims
-    if c % 4 == 0 and max(height, width) <= 7 and b.choose.flag(0.4):
-        code = b.choose.pick(("F.pixel_shuffle({}, 2)", "nn:nn.PixelShuffle(2)"))
-        code = f"{b.module('shuffle', code[3:])}({{}})" if code.startswith("nn:") else code
-        return b.let(code.format(x.name), IMAGE, (c // 4, 2 * height, 2 * width))
+    """Channels in another order, as views or as a module."""
+    c = x.width
     groups = [g for g in _divisors(c, c) if 1 < g < c]
     if not groups:
         return activation(b, x)
@@ -224,6 +214,25 @@ def shuffle(b: Builder, x: Val) -> Val:
     return b.like(
         x, f"{x.name}.view({n}, {g}, {c // g}, {h}, {w}).transpose(1, 2).reshape({n}, -1, {h}, {w})"
     )
+
+
+def pixels(b: Builder, x: Val) -> Val:
+    """Channels in exchange for pixels, either way; a convolution makes four channels of each where it has to."""
+    c, h, w = x.dims
+    if h % 2 == 0 and w % 2 == 0 and c <= 6 and b.choose.flag():
+        code, dims = (
+            b.choose.pick(("F.pixel_unshuffle({}, 2)", "nn:nn.PixelUnshuffle(2)")),
+            (4 * c, h // 2, w // 2),
+        )
+    else:
+        if max(h, w) > 7:
+            return pool(b, x)
+        if c % 4:
+            x = convolution(b, x, b.choose.pick((4, 8)))
+        code = b.choose.pick(("F.pixel_shuffle({}, 2)", "nn:nn.PixelShuffle(2)"))
+        dims = (x.width // 4, 2 * h, 2 * w)
+    code = f"{b.module('shuffle', code[3:])}({{}})" if code.startswith("nn:") else code
+    return b.let(code.format(x.name), IMAGE, dims)
 
 
 def to_vector(b: Builder, x: Val) -> Val:

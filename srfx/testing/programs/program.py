@@ -13,6 +13,7 @@ from srfx.testing.programs import anywhere, image, recurrent, tokens
 from srfx.testing.programs.builder import IMAGE, TOKENS, VECTOR, Builder, Val, Weight
 from srfx.testing.programs.choices import Choices
 from srfx.testing.programs.residual import residual
+from srfx.testing.programs.volume import volume
 
 Step = Callable[[Builder, Val], Val]
 
@@ -22,7 +23,7 @@ ANYWHERE: tuple[Step, ...] = (
 )  # fmt: skip
 STEPS: dict[str, tuple[Step, ...]] = {
     IMAGE: (image.convolution, residual, image.convolution, image.norm, image.pool, image.transposed, image.gate,
-            image.shuffle, image.to_tokens, image.to_vector, *ANYWHERE),
+            image.shuffle, image.pixels, volume, image.to_tokens, image.to_vector, *ANYWHERE),
     TOKENS: (tokens.linear, residual, residual, tokens.norm, residual, tokens.positions, recurrent.layer,
              recurrent.cell, tokens.to_vector, *ANYWHERE),
     VECTOR: (tokens.linear, tokens.linear, tokens.norm, residual, tokens.vector_to, *ANYWHERE),
@@ -99,6 +100,9 @@ def _inputs(b: Builder) -> tuple[list[str], list[str]]:
             else:
                 making.append(f"library.words(n, {t}, 7, seed=n + {i})")
                 c = b.width()
+                if b.choose.flag(0.25):
+                    _bag(b, name, c)
+                    continue
                 table = b.module("table", f"nn.Embedding(7, {c})")
                 b.weights.append(Weight(f"{table.removeprefix('self.')}.weight", None, (1, c)))
                 b.let(f"{table}({name})", TOKENS, (t, c))
@@ -112,6 +116,15 @@ def _inputs(b: Builder) -> tuple[list[str], list[str]]:
                     form = b.choose.pick(("{x} * {m}[:, :, None]", "{x}.masked_fill(~{m}[..., None], 0.0)"))
                     b.like(x, form.format(x=x.name, m=mask))
     return signature, making
+
+
+def _bag(b: Builder, words: str, c: int) -> None:
+    """Words become one vector: their sum, mean or largest."""
+    mode = b.choose.pick(("mean", "sum", "max"))
+    rest = ", padding_idx=0" if b.choose.flag(0.3) else ""
+    table = b.module("bag", f"nn.EmbeddingBag(7, {c}, mode='{mode}'{rest})")
+    b.weights.append(Weight(f"{table.removeprefix('self.')}.weight", None, (1, c)))
+    b.let(f"{table}({words})", VECTOR, (c,))
 
 
 def _outputs(b: Builder) -> str:
