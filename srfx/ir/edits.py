@@ -53,7 +53,10 @@ class CompactTensor(GraphEdit):
 
 @dataclass(frozen=True)
 class SetTensor(GraphEdit):
-    """Argument ``name`` of a call, a tensor at ``paths``, gets new values; created where the call had none."""
+    """Argument ``name`` of a call, a tensor at ``paths``, gets new values; created where the call had none.
+
+    Without a ``signature`` the created tensor is stored only.
+    """
 
     name: str
     paths: tuple[str, ...]
@@ -71,7 +74,7 @@ class SetTensor(GraphEdit):
         )
         like = fresh if self.creates else get_attr(editor.gm, self.paths[0])
         put_tensor(editor.gm, self.paths, self.tensor, like=like)
-        if self.creates and node.op != "call_module":
+        if self.creates and self.signature and node.op != "call_module":
             write_argument(node, self.signature, self.name, editor.attribute_node(self.paths[0], node))
 
 
@@ -130,6 +133,23 @@ class AddLinear(GraphEdit):
             extra = graph.call_module(path, (rest,))
         with graph.inserting_after(extra):
             total = graph.call_function(operator.add, (node, extra))
+        for user in users:
+            user.replace_input_with(node, total)
+        editor.nodes[self.node] = total  # what a later edit means by this name
+
+
+@dataclass(frozen=True)
+class AddStored(GraphEdit):
+    """To the call's result the tensor at ``path`` is added."""
+
+    path: str
+
+    def apply(self, editor: GraphEditor) -> None:
+        node, graph = editor.nodes[self.node], editor.gm.graph
+        users = list(node.users)
+        stored = editor.attribute_node(self.path, node.next)
+        with graph.inserting_after(stored):
+            total = graph.call_function(operator.add, (node, stored))
         for user in users:
             user.replace_input_with(node, total)
         editor.nodes[self.node] = total  # what a later edit means by this name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
+from srfx.ir.edits import AddStored, SetTensor
 from srfx.ir.plan import Reason
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
@@ -65,7 +67,7 @@ class Addmm(Contraction):
 
 
 class MatmulWithParameter(Linear):
-    """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind."""
+    """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind (theory: Lemma L6)."""
 
     signature: tuple[str, ...] = ("input", "weight")
 
@@ -88,9 +90,27 @@ class MatmulWithParameter(Linear):
     adds_statistics = False
 
     def is_private(self, call: Call, facts: FactTable) -> bool:
-        """A product has no bias to fold a nonzero constant into."""
-        constants = facts.constancy(self.x(call)).nonzero()
-        return super().is_private(call, facts) and not bool(constants.any())
+        """What is added behind needs a name that is free."""
+        return super().is_private(call, facts) and not (
+            self._sees_constants(call, facts) and call.program.has_attribute(call.slot("bias"))
+        )
+
+    def _sees_constants(self, call: Call, facts: FactTable) -> bool:
+        return bool(facts.constancy(self.x(call)).nonzero().any())
+
+    def fold(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        """A new bias is stored; the call itself does not take it."""
+        return [
+            replace(e, signature=()) if isinstance(e, SetTensor) and e.creates else e
+            for e in super().fold(call, facts)
+        ]
+
+    def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
+        edits = list(super().compact(call, facts))
+        if self.refused(call) is None and self._sees_constants(call, facts):
+            new = [e for e in self.fold(call, facts) if isinstance(e, SetTensor) and e.creates]
+            edits += [AddStored(call.node.name, e.paths[0]) for e in new]
+        return edits
 
     def resize(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         return []

@@ -416,7 +416,7 @@ def test_a_position_that_is_an_output_is_read() -> None:
     assert found.reasons == {Reason.DATA_DEPENDENT.name: 2}
 
 
-def test_a_product_has_no_place_for_a_bias() -> None:
+def test_a_product_absorbs_constants_as_a_layer_does() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -429,7 +429,7 @@ def test_a_product_has_no_place_for_a_bias() -> None:
     kill(model.front, [1, 3])
     found = probe(model, torch.randn(6, 3))
     assert found.n_removable == 2
-    assert {left.reason for left in found.leftovers} == {"SHARED_WEIGHT"}
+    assert not found.leftovers
 
 
 def test_constants_of_a_norm_whose_reader_is_not_linear() -> None:
