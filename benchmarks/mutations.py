@@ -143,6 +143,5 @@ MUTATIONS = (
     Mutation("passes/decompose_attention.py", "causal = is_set(\"is_causal\") and not is_set(\"need_weights\")", "causal = False",
              ("tests/passes/test_decompose_attention.py",)),
     Mutation("passes/group_heads.py", "            found[start : start + self.n_channels] = False\n", "", HEADS),
-    Mutation("passes/_head_regions.py", "or not all(u in found for u in readers):", "or False:", HEADS),
     Mutation("passes/_head_costs.py", "if k < room and (", "if (", HEADS),
 )  # fmt: skip
