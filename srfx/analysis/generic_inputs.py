@@ -147,6 +147,8 @@ def _try(gm: fx.GraphModule, known: Survey, sizes: dict[Axis, int]) -> Survey | 
             found = survey(gm, inputs)
     except CaptureError:
         return None
+    if _picks_of_merged(gm, known, found):
+        return None
     has_batch = any(axis == 0 for _, axis in sizes)
     return found if has_batch or _views_alike(gm, known, found) else None
 
@@ -169,6 +171,31 @@ def _views_alike(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
         if before and not before & _cuts(shapes[2], shapes[3]):
             return False
     return True
+
+
+def _picks_of_merged(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
+    """Whether positions that do not depend on a size are picked from an axis that a view merged of several.
+
+    ``flatten(1)[:, 1:8]`` of [N, 8, 1, 1] picks channels, of a larger picture positions of the first one.
+    """
+    merged: dict[fx.Node, None] = {}
+    for node in gm.graph.nodes:
+        before = next((x for x in node.all_input_nodes if x in merged), None)
+        now, then = _shapes(node, known, other)
+        sizes = _shapes(node.all_input_nodes[0], known, other)[1] if node.all_input_nodes else ()
+        if len(now) < len(sizes) and any(a != b and b not in sizes for a, b in zip(now, then, strict=False)):
+            merged[node] = None
+        elif before is not None and len(now) == len(_shapes(before, known, other)[0]):
+            pairs = zip(now, then, *_shapes(before, known, other), strict=True)
+            if any(a == b > 1 and c != d for a, b, c, d in pairs):
+                return True
+            merged[node] = None
+    return False
+
+
+def _shapes(node: fx.Node, known: Survey, other: Survey) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    one, two = (tuple(getattr(run.values.get(node), "shape", ())) for run in (known, other))
+    return one, two
 
 
 def _cuts(before: Sequence[int], after: Sequence[int]) -> set[tuple[int, int]]:

@@ -199,3 +199,21 @@ def test_a_size_at_which_a_view_means_something_else_is_no_size_of_the_model() -
     known = survey(gm, [given])
     assert [tuple(t.shape)[1:] for t in generic_survey(gm, known).inputs] == [(3, 4, 4)]
     agree(model, given, torch.randn(5, 3, 4, 4, dtype=torch.float64))
+
+
+def test_picks_of_an_axis_that_a_view_merged() -> None:
+    """With one pixel they are channels; of larger pictures they would be pixels of the first channel."""
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Linear(7, 2, bias=False)
+            with torch.no_grad():
+                self.front.weight[0] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(F.max_pool2d(self.front(x), 2).flatten(1)[:, 1:8])
+
+    torch.manual_seed(0)
+    small = agree(Picks().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert small.get_parameter("front.weight").shape[0] == 7
