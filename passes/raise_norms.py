@@ -81,7 +81,7 @@ class RaiseNorms(Pass):
                 found = _instance(program, node) if is_batch else SpelledNorm(program, node).found()
             if isinstance(found, Refusal):
                 plan.refusals.append(found)
-            elif found is not None and not barred.isdisjoint([node]):
+            elif found is not None and not barred.isdisjoint(_spelling(gm, found)):
                 plan.refusals.append(Refusal(found.node, Reason.MUTATION))
             elif found is not None:
                 plan.edits.append(found)
@@ -104,6 +104,19 @@ class RaiseNorms(Pass):
         """Remove what spelled the norms."""
         self._raised = {}
         remove_dead_nodes(gm)
+
+
+def _spelling(gm: fx.GraphModule, edit: RaiseNorm) -> set[fx.Node]:
+    """All nodes of which a norm is spelled, with what it reads: writes in place between them would be seen no more."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    found = {nodes[a.name] for a in edit.args if isinstance(a, Named)}
+    left = [nodes[edit.node]]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 def _native(node: fx.Node) -> RaiseNorm | Refusal | None:

@@ -71,6 +71,7 @@ class GraphEditor:
         self._sizes: dict[tuple[Any, ...], fx.Node] = {}
         self._calls: Counter[torch.nn.Module] | None = None  # how many nodes call a module
         self.selections: dict[tuple[Any, ...], fx.Node] = {}  # made so far, by what they select
+        self.restored: dict[str, fx.Node] = {}  # what the output returns for a value, by its name
 
     def build(self, expr: Expr, before: fx.Node) -> Any:
         """Turn an expression into an argument, creating nodes before ``before``."""

@@ -369,7 +369,10 @@ class RestoreOutput(GraphEdit):
     template: Tensor
 
     def apply(self, editor: GraphEditor) -> None:
-        graph, output, result = editor.gm.graph, editor.nodes[self.node], editor.nodes[self.result]
+        graph, output = editor.gm.graph, editor.nodes[self.node]
+        result = editor.restored.get(
+            self.result, editor.nodes[self.result]
+        )  # of another axis that lost channels
         index, mask, template = (
             editor.store(f"{self.result}_output_{role}", getattr(self, role), output)
             for role in ("index", "mask", "template")
@@ -378,7 +381,7 @@ class RestoreOutput(GraphEdit):
             gathered = graph.call_function(torch.index_select, (result, self.axis, index))
             restored = graph.call_function(torch.where, (mask, gathered, template))
         output.replace_input_with(result, restored)
-        editor.nodes[self.result] = restored  # another axis may have lost channels, too
+        editor.restored[self.result] = restored
 
 
 @dataclass(frozen=True)

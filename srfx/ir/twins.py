@@ -222,6 +222,9 @@ def _index_step(
 def can_scatter(view: fx.Node) -> bool:
     """Whether :func:`scatter_back` knows this view."""
     name = op_name(view)
+    if name == "narrow":
+        numbers = view.args[1:] if len(view.args) == 4 and not view.kwargs else (None,)
+        return all(isinstance(n, int) for n in numbers) and numbers[1] >= 0
     if name in (
         "slice",
         "select",
@@ -261,6 +264,9 @@ def scatter_back(graph: fx.Graph, view: fx.Node, parent: fx.Node, new: fx.Node) 
         return new
     if name == "slice":
         return graph.call_function(aten.slice_scatter.default, (parent, new, *args))
+    if name == "narrow":
+        axis, start, length = args
+        return graph.call_function(aten.slice_scatter.default, (parent, new, axis, start, start + length))
     if name == "select":
         return graph.call_function(aten.select_scatter.default, (parent, new, *args))
     if name in ("transpose", "swapaxes"):

@@ -78,6 +78,7 @@ def views_of_all_kinds(s, x):
     n = h.narrow(1, 2, 3)
     t[:, 0].add_(1)
     p[:, 1:3].unsqueeze(2).squeeze(2).mul_(3)
+    n.narrow(-1, 1, 2).sub_(2)
     return v.sum(-1), h, t, p, n
 
 

@@ -14,7 +14,7 @@ import srfx
 from srfx.ir.plan import Reason
 from srfx.minimize import minimize
 from srfx.passes.raise_norms import RaiseNorms
-from tests.helpers import check, kill, randomized, shapes
+from tests.helpers import check, kill, randomized, relative_error, shapes
 
 aten = torch.ops.aten
 X = torch.randn(4, 6)
@@ -280,3 +280,35 @@ def test_a_norm_that_reads_a_norm():
     small = srfx.minimize(torch.export.export(model, (x,)).run_decompositions())
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-12)
     assert not any(n.target is torch.ops.aten.native_layer_norm.default for n in small.graph.nodes)
+
+
+def _into_a_copy(x: Tensor, w: Tensor) -> Tensor:
+    y = x.clone()
+    y.narrow(1, 3, 1).add_(1)
+    return w * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6))
+
+
+def _between_its_readers(x: Tensor, w: Tensor) -> Tensor:
+    scale = torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+    x[:, 2:4].mul_(2)
+    return w * (x * scale)
+
+
+def _into_the_diagonal(x: Tensor, w: Tensor) -> Tensor:
+    y = x.clone()
+    y.diagonal(0, 0, 1).add_(1)  # has no functional form here, so it stays
+    return w * (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6))
+
+
+def _into_the_mean(x: Tensor, w: Tensor) -> Tensor:
+    mean = (x * x).mean(-1, keepdim=True)
+    mean[1:].add_(1)
+    return w * (x * torch.rsqrt(mean + 1e-6))
+
+
+@pytest.mark.parametrize("norm", [_into_a_copy, _into_the_diagonal, _between_its_readers, _into_the_mean])
+def test_a_write_in_place_on_the_way_is_seen(norm: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Model(norm, (0.0, 2.0)).double()
+    x = X.double()
+    small = minimize(fx.symbolic_trace(model), x)
+    assert relative_error(model(x), small(x)) < 1e-9

@@ -210,3 +210,18 @@ def test_a_constant_output_is_restored_behind_the_mean_of_copies() -> None:
     check(
         model, (torch.randn(2, 3),), idempotent=False
     )  # of a constant output only the shape is left to compute
+
+
+def test_a_size_read_of_a_constant_output_stays_in_front_of_what_restores_it() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc(x)
+            return y, x.sum(1).view(y.size(0), 1) / y.size(1)
+
+    model = randomized(Sized())
+    kill(model.fc, rows=range(4))
+    check(model, (torch.randn(2, 3),), idempotent=False)
