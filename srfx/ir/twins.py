@@ -219,12 +219,16 @@ def _index_step(
     return new, axis + step
 
 
+def _is_run(axis: Any, start: Any, length: Any) -> bool:
+    """Whether the arguments of a ``narrow`` are literal, and do not count from the end."""
+    return all(isinstance(n, int) for n in (axis, start, length)) and start >= 0
+
+
 def can_scatter(view: fx.Node) -> bool:
     """Whether :func:`scatter_back` knows this view."""
     name = op_name(view)
     if name == "narrow":
-        numbers = view.args[1:] if len(view.args) == 4 and not view.kwargs else (None,)
-        return all(isinstance(n, int) for n in numbers) and numbers[1] >= 0
+        return len(view.args) == 4 and _is_run(*view.args[1:])
     if name in (
         "slice",
         "select",
@@ -266,7 +270,8 @@ def scatter_back(graph: fx.Graph, view: fx.Node, parent: fx.Node, new: fx.Node) 
         return graph.call_function(aten.slice_scatter.default, (parent, new, *args))
     if name == "narrow":
         axis, start, length = args
-        return graph.call_function(aten.slice_scatter.default, (parent, new, axis, start, start + length))
+        run = (axis, start, start + length)
+        return graph.call_function(aten.slice_scatter.default, (parent, new, *run))
     if name == "select":
         return graph.call_function(aten.select_scatter.default, (parent, new, *args))
     if name in ("transpose", "swapaxes"):
