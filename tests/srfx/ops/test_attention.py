@@ -523,3 +523,24 @@ def test_a_view_that_relied_on_the_layout_of_equal_widths(keys: list[int], value
 def test_where_nothing_is_cut_views_stay() -> None:
     small = check(randomized(Attention(sdpa())), (X,))["export"].small
     assert torch.ops.aten.reshape.default not in {n.target for n in small.graph.nodes}
+
+
+def test_a_key_lane_of_zeros_that_stays_is_zero() -> None:
+    """It stays for its query lane, which another layer reads; its zero is a bias and a literal that cancel."""
+
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(C, D), nn.Linear(C, D), nn.Linear(C, D)
+            self.o, self.r = nn.Linear(D, C), nn.Linear(D, C)
+            randomized(self)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = self.q(x)[:, None], self.k(x)[:, None] + 1.0, self.v(x)[:, None]
+            return self.o(F.scaled_dot_product_attention(q, k, v)[:, 0]), self.r(q[:, 0])
+
+    model = Read()
+    kill(model.k, [0])
+    with torch.no_grad():
+        model.k.bias[0] = -1.0
+    check(model, (X,), kept={"q.weight": (D, C), "k.weight": (D, C)})

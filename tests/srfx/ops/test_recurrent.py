@@ -504,3 +504,21 @@ def test_the_result_is_an_ordinary_module(name: str) -> None:
     compiled = torch.compile(small, backend="eager")
     assert torch.equal(compiled(given), small(given))
     assert count(small) < count(model)
+
+
+def test_a_state_that_no_gate_reads_passes_by_the_gates() -> None:
+    class Once(nn.Module):
+        """h' = (1 - z) n + z h, where h comes from a layer whose rows could go."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.init, self.cell = nn.Linear(4, H), nn.GRUCell(4, H)
+            randomized(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x, self.init(x))
+
+    model = Once()
+    with torch.no_grad():
+        model.cell.weight_hh[:, [1, 5]] = 0
+    check(model, (torch.randn(N, 4),), kept={"init.weight": (H, 4)})
