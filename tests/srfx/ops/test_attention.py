@@ -526,21 +526,25 @@ def test_where_nothing_is_cut_views_stay() -> None:
 
 
 def test_a_key_lane_of_zeros_that_stays_is_zero() -> None:
-    """It stays for its query lane, which another layer reads; its zero is a bias and a literal that cancel."""
+    """It stays for its query lane, which another layer reads, and is a product with a bias and a literal that cancel."""
 
     class Read(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.k, self.v = nn.Linear(C, D), nn.Linear(C, D), nn.Linear(C, D)
+            self.front = nn.Linear(C, C)
+            self.q, self.k, self.v, self.gate = (nn.Linear(C, D) for _ in range(4))
             self.o, self.r = nn.Linear(D, C), nn.Linear(D, C)
             randomized(self)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            q, k, v = self.q(x)[:, None], self.k(x)[:, None] + 1.0, self.v(x)[:, None]
-            return self.o(F.scaled_dot_product_attention(q, k, v)[:, 0]), self.r(q[:, 0])
+            x = self.front(x)
+            q, k, v = self.q(x), self.k(x), self.v(x)[:, None]
+            y = F.scaled_dot_product_attention(q[:, None], (k * (self.gate(x) + 1.0))[:, None], v)
+            return self.o(y[:, 0]), self.r(q + k)
 
     model = Read()
-    kill(model.k, [0])
+    kill(model.front, [1])  # a constant for the gate to absorb, so that its bias is written anew
+    kill(model.gate, [0])
     with torch.no_grad():
-        model.k.bias[0] = -1.0
-    check(model, (X,), kept={"q.weight": (D, C), "k.weight": (D, C)})
+        model.gate.bias[0] = -1.0
+    check(model, (X,), kept={name: (D, C - 1) for name in ("q.weight", "k.weight", "gate.weight")})
