@@ -86,9 +86,8 @@ class Product(OpRule):
             return super().backward(call, live, facts)
         na, nb = _may_be_nonzero(facts, a), _may_be_nonzero(facts, b)
         if is_shift_invariant(call.node, len(call.out_shape) - 1, call.program):
-            nb = (
-                nb & facts.constancy(b).varies.cpu()
-            )  # a lane constant over all keys shifts a query's scores alike
+            keys = _alike_along(facts, b, len(call.shape(b)) - 1)
+            nb = nb & keys.varies.cpu()  # a lane constant over all keys shifts a query's scores alike
         kept_a, kept_b = facts.kept_channels(a), facts.kept_channels(b)
         # a term is needed where both factors can be nonzero; a zero factor must be 0 where its channel stays
         used_a, used_b = live.any(-1, keepdim=True), live.any(-2, keepdim=True)
@@ -210,11 +209,14 @@ def _lifted(t: Tensor, like: Constancy) -> Tensor:
     return t.reshape((1,) * (like.varies.dim() - t.dim()) + tuple(t.shape))
 
 
-def _over_tokens(facts: FactTable, value: Value) -> Constancy:
-    """What is known of lanes at all tokens alike: a constant of its own at each token is none of the lane's."""
+def _alike_along(facts: FactTable, value: Value, axis: int) -> Constancy:
+    """What is known of lanes at all tokens alike: a constant of its own at each token of ``axis`` is none of the lane's."""
     c = facts.constancy(value)
-    rank = c.value.dim()
-    return c.settle(set(range(rank)) - {rank - 2})
+    return c.settle(set(range(c.value.dim())) - {axis})
+
+
+def _over_tokens(facts: FactTable, value: Value) -> Constancy:
+    return _alike_along(facts, value, len(facts.program.shape(value)) - 2)
 
 
 @op_rule(F.scaled_dot_product_attention, DropoutAttention,

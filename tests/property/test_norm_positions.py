@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -41,6 +41,7 @@ class Moved(nn.Module):
         return y.amax(1) if self.takes == "most" else y[:, 0] if self.takes == "first" else y
 
 
+@settings(max_examples=25)
 @given(
     norm=st.sampled_from(("layer", "plain", "rms")),
     moves=st.lists(st.sampled_from(list(MOVES)), min_size=1, max_size=3),

@@ -503,7 +503,7 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x) + 0.25
-        y.narrow(1, 0, 1).add_(1)
+        y.diagonal(0, 0, 1).add_(1)
         z: Tensor = self.b(y)
         return z
 

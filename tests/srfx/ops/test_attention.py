@@ -195,6 +195,29 @@ def test_key_that_is_constant_over_keys_shifts_all_scores_alike(name: str) -> No
     check(model, (X,), kept=sizes(q=16, k=16))
 
 
+@pytest.mark.parametrize("is_spelled", [True, False])
+def test_a_key_that_is_another_constant_at_each_token_stays(is_spelled: bool) -> None:
+    class Placed(nn.Module):
+        """Keys of two tokens come from one layer, all of whose rows are dead."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.k = nn.Linear(C, 8), nn.Linear(4, D)
+            self.q, self.v, self.o = nn.Linear(C, D), nn.Linear(C, D), nn.Linear(D, C)
+            randomized(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            k = self.k(self.places(x[:, 0]).reshape(-1, 2, 4))
+            q, v = self.q(x), self.v(x)[:, :2]
+            if is_spelled:
+                return self.o((q @ k.mT).softmax(-1) @ v)
+            return self.o(F.scaled_dot_product_attention(q, k, v))
+
+    model = Placed()
+    kill(model.places, range(8))
+    check(model, (X,), kept={"q.weight": (D, C)})
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_query_lanes(name: str) -> None:
     model = Attention(SPELLINGS[name])
