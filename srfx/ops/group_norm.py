@@ -89,7 +89,9 @@ class GroupNorm(OpRule):
         gamma, beta = self._gamma(call, facts, "weight", 1.0), self._gamma(call, facts, "bias", 0.0)
         c, groups = facts.constancy(self.x(call)).settle([1]), self.groups(call)
         varies = c.varies.cpu().flatten().expand(groups.numel())
-        moving = torch.zeros(int(groups.max()) + 1).index_add(0, groups, varies.float()) > 0
+        moving = (
+            torch.zeros(len(self._before(call))).index_add(0, groups, varies.float()) > 0
+        )  # some may be empty
         value = self._normalised(call, c.value.double().cpu().flatten().expand(groups.numel())).view(
             [-1 if a == 1 else 1 for a in range(gamma.dim())]
         )

@@ -134,7 +134,9 @@ class Batched(nn.Module):
 def test_a_product_with_a_repeated_matrix(has_bias: bool, is_linear: bool) -> None:
     model = Batched(has_bias, is_linear).double().eval()
     with torch.no_grad():
-        model.front.weight[[1, 4]] = 0  # constants: a linear layer absorbs them, a product gets a bias behind it
+        model.front.weight[[1, 4]] = (
+            0  # constants: a linear layer absorbs them, a product gets a bias behind it
+        )
         model.front.bias[[1, 4]] = 0.5
         (model.back.weight if is_linear else model.matrix.t())[:, 6] = 0
     x = torch.randn(2, 3, 7, dtype=torch.float64)

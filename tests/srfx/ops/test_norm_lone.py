@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import check, randomized
+from tests.helpers import check, kill, randomized
 
 X = (torch.randn(3, 5),)
 
@@ -61,3 +61,9 @@ def test_of_several_numbers_it_varies(name: str) -> None:
     model.a.weight.data[0] = 0
     found = check(model, X, idempotent=False)
     assert "a.weight" in dict(found["symbolic"].small.named_parameters())
+
+
+def test_the_last_of_several_groups_goes() -> None:
+    model = randomized(nn.Sequential(nn.Linear(3, 8), nn.GroupNorm(4, 8), nn.Linear(8, 2)))
+    kill(model[0], rows=[6, 7])
+    check(model, (torch.randn(2, 3),), kept={"0.weight": (6, 3), "2.weight": (2, 6)})
