@@ -49,6 +49,9 @@ class Movement(OpRule):
         assert value is not None, f"{call.where}: no tensor operand"
         return value
 
+    why_dynamic = Reason.DATA_DEPENDENT
+    """The reason for which dynamic axes stay."""
+
     def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
         """Axes of the operand along which the positions are known at run time only (theory: Lemma M5)."""
         return []
@@ -65,7 +68,7 @@ class Movement(OpRule):
         """The fields without dynamic axes, which stay whole and along which the others' labels have to agree."""
         dynamic = self.dynamic_axes(call, labels)
         for axis in dynamic:
-            labels.pin(self.source(call), call.node.name, Reason.DATA_DEPENDENT, [axis])
+            labels.pin(self.source(call), call.node.name, self.why_dynamic, [axis])
             fields.pop(axis, None)
             for a, f in fields.items():
                 _flatten_ties(f, axis, labels)

@@ -19,8 +19,18 @@ from srfx.ops.registry import op_rule
 aten = torch.ops.aten
 
 
+class OfPixels(Movement):
+    """Pixels become channels or the other way round: where pixels have labels, they stay, and are none apart."""
+
+    why_dynamic = Reason.CHANNEL_MIXING
+
+    def dynamic_axes(self, call: Call, labels: Labeller) -> list[int]:
+        rank, fields = len(call.out_shape), labels.of(self.source(call))
+        return [a for a in (rank - 2, rank - 1) if a in fields]
+
+
 @op_rule(nn.PixelShuffle, torch.pixel_shuffle, aten.pixel_shuffle.default)
-class PixelShuffle(Movement):
+class PixelShuffle(OfPixels):
     """[N, C r^2, H, W] -> [N, C, r H, r W]: the r^2 channels of an output channel stay or go together."""
 
     signature: tuple[str, ...] = ("input", "upscale_factor")
@@ -34,7 +44,8 @@ class PixelShuffle(Movement):
         return [Regroup((*batch, c, h, w), split), Permute(order), Regroup(spread, call.out_shape)]
 
     def label(self, call: Call, labels: Labeller) -> Fields:
-        axis, fields = len(call.out_shape) - 3, dict(labels.of(self.source(call)))
+        axis = len(call.out_shape) - 3
+        fields = self.known_fields(call, labels, dict(labels.of(self.source(call))))
         if axis not in fields:
             return fields
         r2 = call.get("upscale_factor") ** 2
@@ -44,7 +55,7 @@ class PixelShuffle(Movement):
 
 
 @op_rule(nn.PixelUnshuffle, torch.pixel_unshuffle, aten.pixel_unshuffle.default)
-class PixelUnshuffle(Movement):
+class PixelUnshuffle(OfPixels):
     """[N, C, r H, r W] -> [N, C r^2, H, W]: each channel appears r^2 times."""
 
     signature: tuple[str, ...] = ("input", "downscale_factor")

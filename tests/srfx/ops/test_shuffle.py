@@ -71,3 +71,28 @@ def test_channel_shuffle(name: str) -> None:
     model = randomized(Sandwich(nn.Conv2d(3, 8, 1), SHUFFLES[name], nn.Conv2d(8, 4, 1)))
     kill(model.front, [0, 3, 6])
     check(model, (X,), others=[OTHER], kept={"front.weight": (5, 3, 1, 1), "back.weight": (4, 5, 1, 1)})
+
+
+@pytest.mark.parametrize("shuffle", [nn.PixelUnshuffle(2), nn.PixelShuffle(2)])
+@pytest.mark.parametrize("dead", [range(48), range(0, 48, 2), [0, 1, 2, 3]])
+def test_pixels_that_a_layer_writes(shuffle: nn.Module, dead: Any) -> None:
+    """Each pixel has rows of its own, so that pixels have labels; those that change places with channels stay."""
+
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = (
+                nn.Linear(5, 48),
+                nn.Conv2d(12 if shuffle.__class__ is nn.PixelUnshuffle else 1, 4, 1),
+            )
+            self.shuffle = shuffle
+            randomized(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.front(x)
+            y = y.view(-1, 3, 4, 4) if isinstance(self.shuffle, nn.PixelUnshuffle) else y.view(-1, 4, 4, 3)
+            return self.back(self.shuffle(y)).mean((2, 3))
+
+    model = Pixels()
+    kill(model.front, rows=dead, bias=True)
+    check(model, (torch.randn(2, 5),), idempotent=False)
