@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,11 @@ def main(folder: Path) -> None:
         "disagreement": disagreement(),
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+    # Gloo's threads may drop their last tensors while the interpreter is taken down, which aborts the process.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
