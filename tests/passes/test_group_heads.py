@@ -404,7 +404,7 @@ def test_groups_are_a_partition_that_cannot_be_split_further(
     share=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_heads(kind: str, widths: Widths, times: int, share: float, seed: int) -> None:
     """Exact, settled at once, and not larger than with heads of one width."""
     model = narrowed(Heads(4 * (1 if kind == "fused" else times), 4, kind), widths, seed).double()

@@ -32,7 +32,7 @@ def n_shuffled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 quiet = settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

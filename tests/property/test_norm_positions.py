@@ -41,7 +41,7 @@ class Moved(nn.Module):
         return y.amax(1) if self.takes == "most" else y[:, 0] if self.takes == "first" else y
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     norm=st.sampled_from(("layer", "plain", "rms")),
     moves=st.lists(st.sampled_from(list(MOVES)), min_size=1, max_size=3),

@@ -223,7 +223,7 @@ def hold(stack: Stack) -> None:
 
 
 @settings(
-    max_examples=40,
+    max_examples=16,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

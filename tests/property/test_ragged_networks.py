@@ -37,7 +37,7 @@ def test_perceptrons(data: st.DataObject) -> None:
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

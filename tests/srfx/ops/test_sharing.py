@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -137,6 +137,7 @@ def test_a_weight_that_something_else_reads_takes_zeros_only() -> None:
     check(model, (X,), kept={"first.weight": (8, 6), "second.weight": (5, 8)})
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**16), st.integers(2, 4), st.sampled_from(["sigmoid", "relu", "cos"]))
 def test_any_number_of_sites(seed: int, n_sites: int, name: str) -> None:
     """A tower applied to slices of the input: every dead row of both layers goes."""
