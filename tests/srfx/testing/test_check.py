@@ -53,3 +53,47 @@ def test_an_integer_that_hangs_on_rounding_is_no_example() -> None:
     found.small = fx.symbolic_trace(Shifted(found.small))
     with pytest.raises(Skip, match="hangs on rounding"):
         same_function(found)
+
+
+class Amplified(nn.Module):
+    """What a norm leaves of a constant image is rounding, which an RMS norm without any eps blows up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y * (y.square().mean(1, keepdim=True) + 1e-32).rsqrt()
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_a_float_that_hangs_on_rounding_is_no_example(is_dead: bool) -> None:
+    model = Amplified().double().eval()
+    with torch.no_grad():
+        model.conv.weight *= not is_dead
+    found = Case(model, lambda n: (torch.randn(n, 1, 6, 6, dtype=torch.float64),))
+    found.small = fx.symbolic_trace(Doubled(model))
+    with pytest.raises(
+        Skip if is_dead else AssertionError, match="hangs on rounding" if is_dead else "error 1.0e"
+    ):
+        same_function(found)
+
+
+def test_another_shape_is_never_rounding() -> None:
+    model = Amplified().double().eval()
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    found = Case(model, lambda n: (torch.randn(n, 1, 6, 6, dtype=torch.float64),))
+    found.small = fx.symbolic_trace(nn.Sequential(model, nn.Flatten()))
+    with pytest.raises(AssertionError, match="output 0: torch"):
+        same_function(found)
