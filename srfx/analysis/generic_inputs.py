@@ -147,10 +147,11 @@ def _try(gm: fx.GraphModule, known: Survey, sizes: dict[Axis, int]) -> Survey | 
             found = survey(gm, inputs)
     except CaptureError:
         return None
-    if _picks_of_merged(gm, known, found):
-        return None
-    has_batch = any(axis == 0 for _, axis in sizes)
-    return found if has_batch or _views_alike(gm, known, found) else None
+    if any(
+        axis == 0 for _, axis in sizes
+    ):  # the batch: what is in front of a merged axis moves no position of it
+        return found
+    return found if _views_alike(gm, known, found) and not _picks_of_merged(gm, known, found) else None
 
 
 def _views_alike(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
@@ -176,18 +177,21 @@ def _views_alike(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
 def _picks_of_merged(gm: fx.GraphModule, known: Survey, other: Survey) -> bool:
     """Whether positions that do not depend on a size are picked from an axis that a view merged of several.
 
-    ``flatten(1)[:, 1:8]`` of [N, 8, 1, 1] picks channels, of a larger picture positions of the first one.
+    ``flatten(1)[:, 1:8]`` of [N, 8, 1, 1] picks channels, of a larger picture positions of the first one.  An axis that is
+    merged in front of another one is of samples and tokens, not of channels.
     """
     merged: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
         before = next((x for x in node.all_input_nodes if x in merged), None)
         now, then = _shapes(node, known, other)
         sizes = _shapes(node.all_input_nodes[0], known, other)[1] if node.all_input_nodes else ()
-        if len(now) < len(sizes) and any(a != b and b not in sizes for a, b in zip(now, then, strict=False)):
+        places = [i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b and b not in sizes]
+        if len(now) < len(sizes) and any(i > 0 or len(now) == 1 for i in places):
             merged[node] = None
         elif before is not None and len(now) == len(_shapes(before, known, other)[0]):
-            pairs = zip(now, then, *_shapes(before, known, other), strict=True)
-            if any(a == b > 1 and c != d for a, b, c, d in pairs):
+            was, were = _shapes(before, known, other)
+            is_picked = any(a == b > 1 and c != d for a, b, c, d in zip(now, then, was, were, strict=True))
+            if is_picked and math.prod(then) < math.prod(were):  # else it is turned
                 return True
             merged[node] = None
     return False

@@ -217,3 +217,40 @@ def test_picks_of_an_axis_that_a_view_merged() -> None:
     torch.manual_seed(0)
     small = agree(Picks().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64))
     assert small.get_parameter("front.weight").shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("batch_axis", "rest"),
+    [
+        (0, lambda y: y.flatten(0, 1)[:2]),
+        (0, lambda y: y.flatten(0, 1).t()),
+        (1, lambda y: y.flatten(0, 1).t()),
+    ],
+)
+def test_samples_and_tokens_in_one_axis_hide_no_batch(
+    batch_axis: int, rest: Callable[[Tensor], Tensor]
+) -> None:
+    """Picked from or turned, it made the batch of 1 look like all there is: a sum over it took in constants once."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Linear(5, 8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.front.weight[DEAD] = 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.sigmoid(self.front(x))
+            return self.back(y.sum(batch_axis)), rest(y)
+
+    torch.manual_seed(0)
+    model = Sums().double().eval()
+
+    def given(n: int) -> Tensor:
+        return torch.randn((n, 4, 5) if batch_axis == 0 else (4, n, 5), dtype=torch.float64)
+
+    small = srfx.minimize(fx.symbolic_trace(model), (given(1),))
+    for n in (1, 3):
+        x = given(n)
+        for wanted, found in zip(model(x), small(x), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
