@@ -14,6 +14,7 @@ from srfx.passes import (  # noqa: F401
     fuse_spreads,
     group_heads,
     lower_einsum,
+    move_templates,
     open_tuples,
     ragged_reads_writes,
     raise_channel_shuffle,

@@ -8,7 +8,7 @@ Exact: the same sums, and nothing is added where zeros would be.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,24 +48,15 @@ class FuseSpreads(Pass):
         self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        sums = [
-            n
-            for n in gm.graph.nodes
-            if n.target in _ADDITIONS and any(_is_bare(gm, m) for m in n.all_input_nodes)
-        ]
-        if not sums:
+        if not any(is_bare(gm, n) for n in gm.graph.nodes):
             return Plan()
         values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
         edits: list[Edit] = []
-        for node in sums:
-            if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
-                continue
-            a, b = node.args
-            assert isinstance(a, fx.Node)
-            assert isinstance(b, fx.Node)
-            narrow, wide = (b, a) if _is_bare(gm, b) else (a, b)
-            if a is not b and _alike(values[wide], values[node]) and _alike(values[narrow], values[node]):
-                edits.append(FuseSpread(node.name, wide.name, narrow.name))
+        for node, a, b in plain_sums(gm, values):
+            if is_bare(gm, b):
+                edits.append(FuseSpread(node.name, a.name, b.name))
+            elif is_bare(gm, a):
+                edits.append(FuseSpread(node.name, b.name, a.name))
         return Plan(edits)
 
     def apply(self, gm: fx.GraphModule, edit: Edit) -> None:
@@ -78,7 +69,19 @@ class FuseSpreads(Pass):
         gm.graph.erase_node(narrow)
 
 
-def _is_bare(gm: fx.GraphModule, node: fx.Node) -> bool:
+def plain_sums(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Sums of two different values of one shape and dtype, each with its summands."""
+    for node in gm.graph.nodes:
+        if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+            continue
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+            continue
+        if _alike(values[a], values[node]) and _alike(values[b], values[node]):
+            yield node, a, b
+
+
+def is_bare(gm: fx.GraphModule, node: fx.Node) -> bool:
     """A spread of some channels among zeros that one node reads."""
     is_plain = not node.kwargs and (len(node.args) < 5 or node.args[4] is None)
     if node.target is not spread or len(node.users) != 1 or not is_plain:

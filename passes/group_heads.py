@@ -31,6 +31,7 @@ from srfx.ops.attention import Attention, Product
 from srfx.ops.contraction import Contraction
 from srfx.ops.facts import FactTable
 from srfx.ops.registry import rule_of
+from srfx.passes._costed import CostedPass
 from srfx.passes._head_costs import (
     MAX_GROUPS,
     HeadCosts,
@@ -44,7 +45,7 @@ from srfx.passes._head_costs import (
 from srfx.passes._head_regions import Region, own_tensors_of, regions
 from srfx.passes._machine_costs import MachineCosts
 from srfx.passes._port_costs import MARGIN
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import register_pass
 
 Sites = dict[fx.Node, Site]
 
@@ -95,7 +96,7 @@ class GroupHeads(Edit):
 
 
 @register_pass("group-heads")
-class GroupHeadsPass(Pass):
+class GroupHeadsPass(CostedPass):
     """Give heads of other widths calls of their own, where that takes less time than multiplying zeros.
 
     Args:
@@ -111,8 +112,6 @@ class GroupHeadsPass(Pass):
     projection is used elsewhere too.
     """
 
-    takes_hints = True
-
     def __init__(
         self,
         hints: Sequence[Any] | None = None,
@@ -120,12 +119,9 @@ class GroupHeadsPass(Pass):
         machine: MachineCosts | None = None,
         examples: list[Any] | None = None,
     ) -> None:
-        self.hints = hints
-        self.multiple_of = multiple_of
-        self.machine = machine
+        super().__init__(hints, multiple_of, machine)
         self.costs = HeadCosts.of(machine)
         self.examples = examples
-        self.predicted_s = 0.0
         self.widened: list[CompactTensor] = []
         self.shapes: Shapes = {}
 

@@ -25,6 +25,7 @@ from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.ops.facts import FactTable
 from srfx.ops.port import port
+from srfx.passes._costed import CostedPass
 from srfx.passes._machine_costs import MachineCosts
 from srfx.passes._port_costs import (
     MARGIN,
@@ -36,7 +37,7 @@ from srfx.passes._port_costs import (
     port_seconds,
     savings,
 )
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import register_pass
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class OpenPort(Edit):
 
 
 @register_pass("ragged-reads-writes")
-class RaggedReadsWrites(Pass):
+class RaggedReadsWrites(CostedPass):
     """Put ports where they make stored tensors smaller by more than their indices, or a run faster.
 
     Args:
@@ -66,8 +67,6 @@ class RaggedReadsWrites(Pass):
     MUTATION where the operand is written in place.
     """
 
-    takes_hints = True
-
     def __init__(
         self,
         hints: Sequence[Any] | None = None,
@@ -75,11 +74,8 @@ class RaggedReadsWrites(Pass):
         machine: MachineCosts | None = None,
         shapes: Shapes | None = None,
     ) -> None:
-        self.hints = hints
-        self.multiple_of = multiple_of
-        self.machine = machine
+        super().__init__(hints, multiple_of, machine)
         self.shapes = shapes or {}
-        self.predicted_s = 0.0
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))

@@ -29,9 +29,10 @@ from srfx.passes import (
     get_pass,
     machine_costs,
 )
+from srfx.passes._costed import CostedPass
 from srfx.passes.compact_channels import CompactChannels
-from srfx.passes.fuse_spreads import FuseSpreads
 from srfx.passes.group_heads import GroupHeadsPass
+from srfx.passes.move_templates import add_narrow_summands
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.record.attach import attach, record_of
 from srfx.record.record import TensorSpec
@@ -261,14 +262,14 @@ def compact(
                 break
             hints.forget()
             canonicalise(gm, hints)  # a table that was cut for each head is computed once
-        if ragged and FuseSpreads(hints)(gm).modified:
-            hints.forget()
+        if ragged:
+            add_narrow_summands(gm, hints, hints.forget)
     return survey_result(gm, hints)
 
 
 def _opens(
     gm: fx.GraphModule,
-    step: GroupHeadsPass | RaggedReadsWrites,
+    step: CostedPass,
     hints: SharedHints,
     recorder: Recorder,
     timing: dict[str, float],

@@ -15,6 +15,7 @@ from srfx.lattice.constancy import EMITS
 from srfx.ops.contraction_facts import ContractionFacts
 from srfx.ops.facts import FactTable
 from srfx.ops.matrix_form import columns_read, flat_positions
+from srfx.ops.rule import Shifted
 
 
 class Contraction(ContractionFacts):
@@ -107,6 +108,15 @@ class Contraction(ContractionFacts):
         new = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         self.matrix(call, new)[0, :, carrier] = moved.to(weight.dtype)
         return new
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        is_row = self.refused(call) is None and axis == self.channel_axis(call)
+        if not is_row or self.is_shared(call) or not self.has_own_bias(call) or "bias" not in call.signature:
+            return []
+        if call.value("bias") is None and call.program.has_attribute(call.slot("bias")):
+            return []
+        groups = shift.view(self.groups(call), -1)
+        return [Shifted(tuple(self._fold_bias(call, groups, torch.ones_like(groups, dtype=torch.bool))))]
 
     def _fold_bias(self, call: Call, shift: Tensor, rows: Tensor) -> list[GraphEdit]:
         """The bias edit for an addition ``shift`` [G, R]; rows that are not live get 0."""

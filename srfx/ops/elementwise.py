@@ -15,7 +15,7 @@ from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields, Shape
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
-from srfx.ops.rule import OpRule, PortSite
+from srfx.ops.rule import OpRule, PortSite, Shifted
 
 
 class Elementwise(OpRule):
@@ -265,6 +265,15 @@ class Sum(Elementwise):
 
     subtracts = False
 
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        """By either summand that is as large as the sum; a subtrahend or a scaled one is left alone."""
+        first, second = call.value("input"), call.value("other")
+        if first is second:
+            return []
+        found = (first,) if self.subtracts or call.get("alpha", 1) != 1 else (first, second)
+        whole = [v for v in found if isinstance(v, fx.Node) and _is_whole(call, v)]
+        return [Shifted((), v, shift, axis) for v in whole]
+
 
 class Choice(Elementwise):
     """where, masked_fill: constant where both branches are one and the same constant, whichever is taken."""
@@ -333,5 +342,9 @@ def _other(call: Call, operands: list[Value], operand: fx.Node) -> fx.Node | Non
     rest = [v for v in operands if v is not operand]
     if len(rest) != 1 or not isinstance(rest[0], fx.Node):
         return None
-    same = call.shape(rest[0]) == call.out_shape and _dtype(call, rest[0]) == call.output.dtype
-    return rest[0] if same else None
+    return rest[0] if _is_whole(call, rest[0]) else None
+
+
+def _is_whole(call: Call, operand: fx.Node) -> bool:
+    """Whether an operand has the result's shape and dtype."""
+    return call.shape(operand) == call.out_shape and _dtype(call, operand) == call.output.dtype

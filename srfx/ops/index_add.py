@@ -18,7 +18,7 @@ from srfx.nn.selection import add_at
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import _flatten_ties
 from srfx.ops.registry import op_rule
-from srfx.ops.rule import OpRule, PortSite
+from srfx.ops.rule import OpRule, PortSite, Shifted
 from srfx.ops.sizes import is_range
 
 
@@ -67,6 +67,12 @@ class IndexAdd(OpRule):
             v for v in self.operands(call) if isinstance(v, fx.Node) and v not in call.program.independent
         ]
         return [PortSite(v, self.axis(call), True) for v in computed if self.axis(call) in facts.fields(v)]
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        x, y = self.operands(call)
+        if not isinstance(x, fx.Node) or x is y or axis != self.axis(call):
+            return []
+        return [Shifted((), x, shift, axis)]
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         (x, y), axis, site = self.operands(call), self.axis(call), call.node.name

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from srfx.ir.call import Call
-from srfx.ir.editor import GraphEdit, GraphEditor
-from srfx.ir.edits import Bypass
+from srfx.ir.editor import GraphEdit, GraphEditor, Stored
+from srfx.ir.edits import Bypass, SetArgument
 from srfx.ir.plan import Reason
 from srfx.ir.program import Param
 from srfx.lattice.constancy import Constancy
@@ -27,6 +27,7 @@ from srfx.nn.selection import select, spread
 from srfx.ops.facts import Demand, FactTable, Labeller, Live, collapse
 from srfx.ops.movement import Movement
 from srfx.ops.registry import op_rule, resolve
+from srfx.ops.rule import Shifted
 from srfx.ops.selection import IndexSelect
 from srfx.ops.sizes import is_range
 
@@ -298,6 +299,26 @@ class Spread(Rewired):
         value = call.value(name)
         assert isinstance(value, Param)
         return value.tensor.detach().cpu()
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        """Numbers at channels of x go to x, the others join the template, if there is one (theory: Lemma G9)."""
+        if axis != self.axis(call) or self._index(call).numel() == 0:
+            return []
+        is_own = self.sources(call) >= 0
+        total = torch.where(is_own, 0.0, self.numbers(call) + shift)
+        template = None
+        if bool((total != 0).any()):
+            if call.get("template") is None:
+                return []  # it would be a spread among zeros no more
+            template = Stored(
+                f"{call.node.name}_template", total.to(call.output.dtype).to(call.output.device)
+            )
+        edit = SetArgument(call.node.name, "template", template, self.signature)
+        inner = shift[self._index(call)]
+        if bool((inner == 0).all()):
+            return [Shifted((edit,))]
+        source = self.source(call)
+        return [Shifted((edit,), source, inner, axis)] if isinstance(source, fx.Node) else []
 
     def is_unchanged(self, call: Call, found: Tensor, n_held: int, s: Tensor) -> bool:
         return torch.equal(found, self.sources(call)) and n_held == max(1, self._index(call).numel())

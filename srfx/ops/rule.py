@@ -40,6 +40,23 @@ class PortSite:
     is_bound: bool = False
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """One way to have numbers added to the channels of a result: by edits, once others are added to an operand's.
+
+    Attributes:
+        edits: of stored tensors that one site reads, and of arguments.
+        operand: the node whose channels get numbers; None where the edits do it all.
+        shift: those numbers, one for each of the operand's channels along ``axis``, float64.
+        axis: the axis of the operand's channels.
+    """
+
+    edits: tuple[GraphEdit, ...] = ()
+    operand: fx.Node | None = None
+    shift: Tensor | None = None
+    axis: int = 0
+
+
 class OpRule:
     """How one op moves labels, constants and liveness, what it absorbs, and how a call of it is rewritten.
 
@@ -94,6 +111,13 @@ class OpRule:
 
     def ports(self, call: Call, facts: FactTable) -> list[PortSite]:
         """Operands of which this call may read channels of its own choice, whatever others keep."""
+        return []
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        """Ways to add ``shift`` [C], float64, to the channels of the result along an axis, and nothing else.
+
+        None, for an op that nobody knows (theory: Lemma G9).
+        """
         return []
 
     def is_even(self, call: Call) -> bool:

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from srfx.ir.call import Call
 from srfx.ir.editor import GraphEdit
-from srfx.ir.edits import SetArgument
+from srfx.ir.edits import SetArgument, SetTensor
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
+from srfx.ir.program import Param, Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
 from srfx.ops.registry import op_rule
-from srfx.ops.rule import OpRule
+from srfx.ops.rule import OpRule, Shifted
 
 aten = torch.ops.aten
 
@@ -77,6 +77,13 @@ class PerChannel(OpRule):
             return (kept, *(Constancy.top(o.dim()) for o in call.output[1:]))
         return kept
 
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        source = self.source(call)
+        is_whole = isinstance(call.output, Tensor) and self.keeps(call)
+        if not is_whole or not isinstance(source, fx.Node) or axis >= self.first_spatial(call):
+            return []
+        return [Shifted((), source, shift, axis)]
+
     is_linear = False
     """Whether f is linear, so that a combination of a norm's statistics is one of these again (theory: Lemma N10)."""
 
@@ -133,6 +140,9 @@ class PowerPool(PerChannel):
 
     def keeps(self, call: Call) -> bool:
         return not call.get("ceil_mode", False)
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        return []
 
     def of_constants(self, call: Call, value: Tensor) -> Tensor:
         size = call.get("kernel_size")
@@ -227,6 +237,16 @@ class InstanceNorm(PerChannel):
         assert isinstance(live, Tensor)
         gamma = self.vector(call, facts, "weight")
         return {self.source(call): live if gamma is None else live & (gamma != 0)}
+
+    def shifted(self, call: Call, axis: int, shift: Tensor) -> list[Shifted]:
+        bias = call.value("bias")
+        if not isinstance(bias, Param) or bias.n_sites > 1 or bias.tensor.dim() != 1:
+            return []
+        if axis != self.channel_axis(call) or not isinstance(call.output, Tensor):
+            return []
+        old = bias.tensor.detach()
+        new = (old.double() + shift.to(old.device)).to(old)
+        return [Shifted((SetTensor(call.node.name, "bias", tuple(bias.names), new),))]
 
     def compact(self, call: Call, facts: FactTable) -> Iterable[GraphEdit]:
         axis, source = self.channel_axis(call), self.source(call)
