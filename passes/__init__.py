@@ -22,6 +22,7 @@ from srfx.passes import (  # noqa: F401
     raise_norms,
     raise_softmax,
     repeat_to_index_select,
+    restore_in_place,
     split_fused_projections,
     split_parameters,
 )

@@ -17,12 +17,14 @@ from srfx.ir.aliases import AliasClasses, Kind, Link, written_operand
 from srfx.ir.attrs import free_path, get_attr, set_attr
 from srfx.ir.clone import clone_structure
 from srfx.ir.effects import is_mutating, op_name, updates_statistics
+from srfx.ir.in_place import make_functional, mark
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.twins import (
     aten,
     can_scatter,
     fill_like,
     functional_target,
+    has_plain_twin,
     is_metadata_op,
     may_change_dtype,
     out_twin_exists,
@@ -228,6 +230,10 @@ def _apply(gm: fx.GraphModule, edit: Functionalize, classes: AliasClasses) -> No
     assert written is not None
     if node.op == "call_module":
         new = _functional_module(gm, node, edit.own_module)
+    elif not (_is_setitem(node) or edit.casts) and has_plain_twin(node):
+        node.meta = dict(written.meta) | {k: v for k, v in node.meta.items() if v is not None}
+        make_functional(node, functional_target(node))
+        new = node
     elif _is_setitem(node):
         new = _functional_setitem(gm.graph, node, classes.kinds)
     else:
@@ -254,6 +260,7 @@ def _functional_module(gm: fx.GraphModule, node: fx.Node, needs_own: bool) -> fx
         node.target = path
     assert isinstance(module, nn.Module)
     module.inplace = False  # type: ignore[assignment]
+    mark(node, node.target)
     return node
 
 

@@ -34,6 +34,7 @@ from srfx.passes.compact_channels import CompactChannels
 from srfx.passes.group_heads import GroupHeadsPass
 from srfx.passes.move_templates import add_narrow_summands
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
+from srfx.passes.restore_in_place import RestoreInPlacePass
 from srfx.record.attach import attach, record_of
 from srfx.record.record import TensorSpec
 from srfx.record.recorder import Recorder
@@ -170,7 +171,7 @@ def _minimize(
     forget_shapes(canonical, after)
     record = recorder.record(gm, _at(gm, given, before, after))
     record.timing = timing
-    gm = own_tensors(gm, storages([model]))
+    gm = own_tensors(RestoreInPlacePass()(gm).graph_module, storages([model]))
     attach(gm, record)
     return gm
 

@@ -18,6 +18,7 @@ from srfx.ir.plan import Edit, Reason, Refusal
 from srfx.ir.shapes import hint_inputs
 from srfx.minimize import canonicalise, minimize
 from srfx.passes.compact_channels import CompactChannels
+from srfx.passes.restore_in_place import RestoreInPlacePass
 from tests.snapshots import assert_unchanged, snapshot, trace
 
 ROUTES = ("symbolic", "export")
@@ -284,12 +285,17 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def plan_of(model: nn.Module, inputs: Inputs) -> Outcome:
-    """Run the pipeline step by step, each pass once; edits and refusals are those of the last, which cuts."""
+    """Run the pipeline step by step, each pass once; edits and refusals are those of the last, which cuts.
+
+    A write that is made functional and in place again afterwards is no step.
+    """
     captured = capture(model, inputs)
     gm = captured.graph_module
     hints = captured.inputs if captured.inputs is not None else hint_inputs(gm)
     prepared = canonicalise(gm, hints).edits
     done = CompactChannels(hints)(gm)
+    restored = {edit.node for edit in RestoreInPlacePass()(gm).edits}
+    prepared = [(name, e) for name, e in prepared if name != "functionalize" or e.node not in restored]
     return Outcome(gm, list(done.edits), list(done.refusals), prepared)
 
 

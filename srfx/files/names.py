@@ -56,6 +56,9 @@ def functions() -> dict[str, Callable[..., Any]]:
             )
             if callable(found) and not name.startswith("__") and (id(found) in overridable or is_own):
                 table[f"{space.__name__}.{name}"] = found
+    for space in (torch, F):  # relu_ and the like, which torch.overrides does not list
+        twins = [n for n in vars(space) if n.endswith("_") and f"{space.__name__}.{n[:-1]}" in table]
+        table |= {f"{space.__name__}.{n}": getattr(space, n) for n in twins}
     for name in methods():
         if hasattr(torch.Tensor, name):
             table[f"torch.Tensor.{name}"] = getattr(torch.Tensor, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from typing import Any, cast
 
@@ -62,6 +61,13 @@ def functional_target(node: fx.Node) -> Any:
     return None
 
 
+def has_plain_twin(node: fx.Node) -> bool:
+    """Whether the functional twin of an in-place call takes the very same arguments, ``inplace`` aside."""
+    if op_name(node) in _FILLS or node.kwargs.get("out") is not None:
+        return False
+    return isinstance(functional_target(node), str) == (node.op == "call_method")
+
+
 def replace_call(node: fx.Node) -> fx.Node:
     """Insert the functional twin of an in-place function, method or operator before ``node``.
 
@@ -80,20 +86,12 @@ def replace_call(node: fx.Node) -> fx.Node:
             if isinstance(plain, torch._ops.OpOverload):
                 plain = _without_out(plain)
             return graph.call_function(plain, args, kwargs)
-        kwargs.pop("inplace", None)
         target: Any = functional_target(node)
         assert target is not None
-        if target is node.target:  # a function of torch.nn.functional with an inplace argument
-            position = _position_of_inplace(target)
-            if len(args) > position:
-                args = (*args[:position], False, *args[position + 1 :])
+        assert target is not node.target
         if isinstance(target, str):
             return graph.call_method(target, args, kwargs)
         return graph.call_function(target, args, kwargs)
-
-
-def _position_of_inplace(target: Any) -> int:
-    return list(inspect.signature(target).parameters).index("inplace")
 
 
 def out_twin_exists(node: fx.Node) -> bool:

@@ -30,6 +30,7 @@ class Convolution(Contraction):
 
     signature: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     shrinks_axes = True
+    is_overwritable = True
 
     def n_spatial(self, call: Call) -> int:
         return len(call.shape(self.w(call))) - 2

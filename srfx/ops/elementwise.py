@@ -256,6 +256,8 @@ class Product(Elementwise):
 class Sum(Elementwise):
     """y = a + b, a - b."""
 
+    is_overwritable = True
+
     def neutral(self, call: Call, operand: fx.Node, value: Tensor) -> fx.Node | None:
         if bool((value != 0).any()) or (self.subtracts and call["input"] is operand):
             return None

@@ -25,6 +25,7 @@ class Linear(Contraction):
     """y = x W^T + b.  x [.., C_in], W [C_out, C_in], b [C_out] -> y [.., C_out]."""
 
     adds_statistics = True
+    is_overwritable = True
 
     def channel_axis(self, call: Call) -> int:
         return len(call.shape(self.x(call))) - 1
@@ -44,6 +45,8 @@ class Linear(Contraction):
 @op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
 class Addmm(Contraction):
     """y = b + x W.  x [N, C_in], W [C_in, C_out], b [C_out]; scaled forms are barriers."""
+
+    is_overwritable = True
 
     def refused(self, call: Call) -> Reason | None:
         if call.get("beta", 1) != 1 or call.get("alpha", 1) != 1:

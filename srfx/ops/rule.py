@@ -69,6 +69,8 @@ class OpRule:
     barrier: Reason = Reason.UNKNOWN_OP
     shrinks_axes: bool = False
     """Whether axes of the result are shorter than the operand's, by an amount that the call fixes: a window."""
+    is_overwritable = False
+    """Whether the result is storage of its own that the op's backward does not read: a reader may write over it."""
 
     def variant(self, call: Call) -> OpRule:
         """The rule of this very call, where one target stands for several ops."""

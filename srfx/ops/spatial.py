@@ -284,6 +284,7 @@ class BatchNorm(InstanceNorm):
         "momentum",
         "eps",
     )
+    is_overwritable = True
 
     def uses_batch(self, call: Call) -> bool:
         if call.module is not None:
