@@ -48,7 +48,7 @@ def make_in_place(gm: fx.GraphModule, node: fx.Node) -> None:
         assert isinstance(module, nn.Module)
         module.inplace = True  # type: ignore[assignment]
     elif node.meta[KEY][1] is node.target:
-        names = tuple(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = tuple(inspect.signature(node.target).parameters)
         write_argument(node, names, "inplace", True)
     else:
         node.target = node.meta[KEY][1]
