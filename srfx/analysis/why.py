@@ -23,6 +23,7 @@ from srfx.ops.facts import Demand, FactTable, collapse
 from srfx.ops.norm import LayerNorm
 from srfx.ops.recurrent import Recurrent
 from srfx.ops.rule import Effect
+from srfx.ops.vector_norm import Normalize, VectorNorm
 
 READ = "READ"
 CARRIER = "CARRIER"
@@ -222,6 +223,8 @@ class Explainer:
             detail = f"{_op(site)} sees {_name(x)}, {self._nonlinear[site.node.name]}"
             for label in self._labels(x, still) if still is not None else ():
                 _note(found, label, 0, Why(Reason.NOT_LINEAR_IN_NORM.name, site.node.name, detail))
+        if isinstance(rule, (Normalize, VectorNorm)):
+            self._note_length(site, demand, found)
         if not isinstance(rule, Contraction) or rule.refused(call) is not None:
             return
         x = rule.x(call)
@@ -235,6 +238,18 @@ class Explainer:
         elif rule.has_border(call):
             for label in self._labels(x, still & facts.constancy(x).nonzero().cpu()):
                 _note(found, label, 0, Why(Reason.BORDER.name, site.node.name, detail))
+
+    def _note_length(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
+        """Constants other than 0 are part of a length (theory: Lemma R3)."""
+        for x, part in demand.items():
+            if isinstance(x, tuple):
+                continue
+            still = part & self.facts.constancy(x).nonzero().cpu()
+            why = Why(
+                Reason.CHANNEL_MIXING.name, site.node.name, f"a constant of {_name(x)} is part of a length"
+            )
+            for label in self._labels(x, still):
+                _note(found, label, 0, why)
 
     def _note_recurrent(self, site: Site, demand: Demand, found: dict[int, tuple[int, Why]]) -> None:
         assert isinstance(site.rule, Recurrent)

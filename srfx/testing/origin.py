@@ -13,7 +13,7 @@ from srfx.ops.facts import FactTable
 from srfx.ops.recurrent import Recurrent
 from srfx.testing.observe import Observer
 
-CLOUDS = (Reason.MASKED, Reason.BORDER)
+CLOUDS = (Reason.MASKED, Reason.BORDER, Reason.UNKNOWN_OP)
 """Reasons for which an op makes something of a constant that is not known to be one."""
 
 

@@ -122,3 +122,50 @@ def test_a_layer_that_runs_by_itself() -> None:
     model = randomized(Free())
     model.layer.weight_ih_l0.data.zero_()
     assert probe(model, X).reasons == {STEPS: 3}
+
+
+class Length(nn.Module):
+    """Channel 1 is sigmoid(0) wherever it is divided by a length of which it is a part; nobody reads it behind."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.front, self.back, self.p = nn.Linear(5, 4), nn.Linear(4, 2), p
+        randomized(self)
+        kill(self.front, rows=(1,))
+        kill(self.back, columns=(1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.back(F.normalize(torch.sigmoid(self.front(x)), p=self.p, dim=-1))
+        return y
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_a_constant_that_is_part_of_a_length(p: float) -> None:
+    found = probe(Length(p), X)
+    assert found.reasons == {Reason.CHANNEL_MIXING.name: 1}
+    assert found.leftovers[0].site == "normalize"
+
+
+@torch.fx.wrap
+def nobody_knows(x: Tensor) -> Tensor:
+    return x + x.detach().sort(-1).values.mean() * 0
+
+
+class Odd(nn.Module):
+    """An op without a rule makes a constant of constants; what reads it knows nothing of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = nn.Linear(5, 4), nn.Linear(4, 2)
+        randomized(self)
+        self.front.weight.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.back(nobody_knows(self.front(x)))
+        return y
+
+
+def test_an_op_that_nobody_knows_is_named() -> None:
+    found = probe(Odd(), X)
+    assert set(found.reasons) == {Reason.UNKNOWN_OP.name}
+    assert {left.site for left in found.leftovers} == {"nobody_knows"}
