@@ -25,7 +25,7 @@ from srfx.ir.clone import clone_structure
 from srfx.ir.editor import put_tensor, take
 from srfx.ir.edits import CompactTensor
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
-from srfx.ir.program import Param
+from srfx.ir.program import Param, named_tensors
 from srfx.ir.shapes import hint_inputs, propagate
 from srfx.ops.attention import Attention, Product
 from srfx.ops.contraction import Contraction
@@ -106,7 +106,7 @@ class GroupHeadsPass(CostedPass):
         examples: inputs whose shapes to predict for; None takes the hints, which may be of other sizes.
 
     After a run ``predicted_s`` says how many seconds the groups are predicted to save, and ``widened`` where the columns of
-    output projections have gone.
+    output projections have gone, ``copied`` which tensors are copies of which, by their paths.
 
     Refuses: GROWS where calls cost more than they save, or a group would keep heads of another; SHARED_WEIGHT where a
     projection is used elsewhere too.
@@ -123,11 +123,12 @@ class GroupHeadsPass(CostedPass):
         self.costs = HeadCosts.of(machine)
         self.examples = examples
         self.widened: list[CompactTensor] = []
+        self.copied: dict[str, str] = {}
         self.shapes: Shapes = {}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every attention whose heads differ, in graph order."""
-        self.predicted_s, self.widened, self.shapes = 0.0, [], {}
+        self.predicted_s, self.widened, self.copied, self.shapes = 0.0, [], {}, {}
         if not has_products(gm):
             return Plan()
         hints = self.hints if self.hints is not None else hint_inputs(gm)
@@ -154,7 +155,7 @@ class GroupHeadsPass(CostedPass):
         """Write the groups of one attention."""
         assert isinstance(edit, GroupHeads)
         n_before = get_attr(gm, edit.weight[0]).shape[edit.column_axis]
-        write_groups(gm, edit)
+        write_groups(gm, edit, paths=self.copied)
         self.widened.append(edit.columns(n_before))
 
     def _analyse(self, gm: fx.GraphModule, hints: Sequence[Any]) -> tuple[FactTable, Sites]:
@@ -259,13 +260,16 @@ def _edit(region: Region, groups: list[list[int]], copied: tuple[str, ...]) -> G
 
 
 # ---------------------------------------------------------------------- writing
-def write_groups(gm: fx.GraphModule, edit: GroupHeads, shares: bool = False) -> list[dict[str, str]]:
+def write_groups(
+    gm: fx.GraphModule, edit: GroupHeads, shares: bool = False, paths: dict[str, str] | None = None
+) -> list[dict[str, str]]:
     """Carry out an edit.
 
     Args:
         gm: the graph module.
         edit: planned for it.
         shares: whether the groups' tensors may share memory, where nobody is going to write.
+        paths: gets the path of each copied tensor, and the one that it is a copy of.
 
     Returns:
         For each group but the first the names of its calls, by those of the first.
@@ -275,9 +279,13 @@ def write_groups(gm: fx.GraphModule, edit: GroupHeads, shares: bool = False) -> 
     inside = [nodes[name] for name in edit.inside]
     copied = {id(get_attr(gm, path)) for path in edit.copied}
     before = merged.next
-    copies = [_Copy(gm, copied, shares).write(inside, before) for _ in edit.groups[1:]]
+    written = [_Copy(gm, copied, shares) for _ in edit.groups[1:]]
+    copies = [copy.write(inside, before) for copy in written]
     _join(reader, merged, [copy[merged] for copy in copies], edit.dim)
     _widen(gm, reader, edit)
+    if paths is not None:
+        for copy in written:
+            paths |= copy.paths
     return [{old.name: new.name for old, new in copy.items()} for copy in copies]
 
 
@@ -289,6 +297,7 @@ class _Copy:
         self._parents: dict[str, str] = {}
         self._modules: dict[str, str] = {}
         self._tensors: dict[int, Tensor] = {}
+        self.paths: dict[str, str] = {}
 
     def write(self, inside: list[fx.Node], before: fx.Node) -> dict[fx.Node, fx.Node]:
         """New calls in front of ``before``, by the old ones."""
@@ -313,6 +322,7 @@ class _Copy:
             self._parents[parent] = free_path(self.gm, parent) if parent else ""
         path = free_path(self.gm, f"{self._parents[parent]}.{name}" if parent else name)
         set_attr(self.gm, path, self._own(tensor))
+        self.paths[path] = str(source.target)
         return self.gm.graph.get_attr(path)
 
     def _module(self, path: str) -> str:
@@ -323,6 +333,9 @@ class _Copy:
             own = clone_structure(module, lambda t: self._own(t) if id(t) in self.copied else t)
             self._modules[path] = free_path(self.gm, path)
             set_attr(self.gm, self._modules[path], own)
+            for name, tensor in named_tensors(module):
+                if id(tensor) in self.copied:
+                    self.paths[f"{self._modules[path]}.{name}"] = f"{path}.{name}"
         return self._modules[path]
 
     def _own(self, tensor: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def compact(
                 machine = ragged if isinstance(ragged, MachineCosts) else None
                 grouping = GroupHeadsPass(hints, multiple_of, machine, examples)
                 is_opened = _opens(gm, grouping, hints, recorder, timing)
-                recorder.moves(grouping.widened)
+                recorder.moves(grouping.widened, grouping.copied)
                 shapes = _shapes(gm, examples) if machine is not None and examples is not None else None
                 step = RaggedReadsWrites(hints, multiple_of, machine, shapes)
                 is_opened |= _opens(gm, step, hints, recorder, timing)

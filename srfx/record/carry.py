@@ -12,11 +12,13 @@ What each kind of tensor gets:
     created (a new bias)       no state; it joins the group of a parameter of the same module, else the first group.
                                Fused SGD cannot do without: zero momentum, which comes to the same
     split (a fused projection) the parts count as created
+    copied (heads in groups)   the state of what it is a copy of, cut as the copy is; it joins the group of that
     removed                    leaves its group with its state; a group may become empty, and stays
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +43,7 @@ def carry_optimizer(plan: KeepPlan, optimizer: Optimizer, before: nn.Module, aft
     held = {names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names}
     if not held:
         raise PlanError("the optimizer holds no parameter of the model that was minimized")
+    copies = _copies(plan, plans, target)
     groups: list[list[tuple[Tensor, str | None]]] = []
     state: dict[Tensor, Any] = {}
     placed: dict[int, None] = {}
@@ -53,16 +56,20 @@ def carry_optimizer(plan: KeepPlan, optimizer: Optimizer, before: nn.Module, aft
                 state[p] = optimizer.state.get(p)
                 continue
             found = plans.get(name)
-            new = _result(found, target)
-            if found is None or new is None:
+            if found is None:
                 continue
-            members.append((new, name))
-            placed[id(new)] = None
-            if p in optimizer.state:
-                fresh = _changed(found, live_tensor(before, name).detach(), new.detach())
-                state[new] = {
-                    key: _cut_state(found, key, value, fresh) for key, value in optimizer.state[p].items()
-                }
+            results = [(found, name, _result(found, target)), *copies.get(found.name, ())]
+            for laid_out, its_name, new in results:
+                if new is None:
+                    continue
+                members.append((new, its_name))
+                placed[id(new)] = None
+                if p in optimizer.state:
+                    fresh = _changed(laid_out, live_tensor(before, name).detach(), new.detach())
+                    state[new] = {
+                        key: _cut_state(laid_out, key, value, fresh)
+                        for key, value in optimizer.state[p].items()
+                    }
         groups.append(members)
     for name, p in target.items():
         if id(p) not in placed:
@@ -95,8 +102,22 @@ def _result(found: TensorPlan | None, target: dict[str, nn.Parameter]) -> nn.Par
     return next((target[n] for n in (found.name, *found.aliases) if n in target), None)
 
 
+def _copies(
+    plan: KeepPlan, plans: dict[str, TensorPlan], target: dict[str, nn.Parameter]
+) -> dict[str, list[tuple[TensorPlan, str, nn.Parameter | None]]]:
+    """Copies of each tensor of the source: what is kept of it there, their names, and the parameters."""
+    found: dict[str, list[tuple[TensorPlan, str, nn.Parameter | None]]] = {}
+    for made in plan.tensors:
+        if made.origin:
+            laid_out = replace(plans[made.origin], cuts=made.cuts)
+            found.setdefault(made.origin, []).append((laid_out, made.name, target.get(made.name)))
+    return found
+
+
 def _is_new(name: str, found: TensorPlan | None, held: set[str], known: set[str]) -> bool:
     """Whether minimize made it, in contrast to a parameter that the optimizer was not given before either."""
+    if found is not None and found.origin in known:  # a copy of one that the optimizer was not given
+        return False
     names = {name} if found is None else {found.name, *found.aliases}
     return not names & known or (found is not None and found.status == "created" and not names & held)
 

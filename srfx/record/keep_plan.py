@@ -65,6 +65,7 @@ class TensorPlan:
         shape: before; for a created tensor the shape it has.
         kept_shape: after; None when it is gone.
         cuts: selections to apply one after the other; none when every channel stays.
+        origin: for a created tensor that is a copy of a tensor of the source, whose ``cuts`` it has: its name.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TensorPlan:
     shape: tuple[int, ...]
     kept_shape: tuple[int, ...] | None
     cuts: tuple[AxisCut, ...] = ()
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Recorder:
         self.layers, self.flops = _layers(gm, survey)
         self.graph = _digest(gm)
         self.cuts: dict[str, list[AxisCut]] = {}
+        self.origins: dict[str, str] = {}
         self.notes: list[RefusalNote] = []
         self.revived: Counter[str] = Counter()
 
@@ -68,10 +69,19 @@ class Recorder:
         self.notes = _merged([*before, *self.notes])
         self.revived |= revived(facts)
 
-    def moves(self, edits: Iterable[CompactTensor]) -> None:
-        """Note where positions of tensors have gone that a pass lays out anew."""
+    def moves(self, edits: Iterable[CompactTensor], copies: Mapping[str, str]) -> None:
+        """Note where positions of tensors have gone that a pass lays out anew, and what it has copied.
+
+        Args:
+            edits: where the positions come from.
+            copies: by the path of each copy, which from now on is cut by itself, that of the tensor it was made from.
+        """
         for edit in edits:
             self._cut(edit)
+        for path, old in copies.items():
+            first = next((n for n, t in self.tensors.items() if old in (n, *t.aliases)), old)
+            self.origins[path] = self.origins.get(first, first)
+            self.cuts[path] = list(self.cuts.get(first, ()))
 
     def record(self, gm: fx.GraphModule, survey: Survey) -> Record:
         """The record of the finished result."""
@@ -114,7 +124,7 @@ class Recorder:
         for cut in reversed(cuts):
             if cut.axis == axis:
                 return cut.layout[axis] if len(cut.layout) > 1 else cut.layout[0]
-        found = self.tensors.get(name)
+        found = self.tensors.get(self.origins.get(name, name))
         return found.shape[axis] if found is not None and axis < len(found.shape) else None
 
     def _pinned(self, source: str, facts: FactTable) -> None:
@@ -157,7 +167,14 @@ class Recorder:
                 )
             )
         created = [t for t in after.values() if not known & {t.name, *t.aliases}]
-        return plans + [dataclasses.replace(t, status="created") for t in created]
+        return plans + [self._created(t) for t in created]
+
+    def _created(self, made: TensorPlan) -> TensorPlan:
+        name = next((n for n in (made.name, *made.aliases) if self.origins.get(n) in self.tensors), None)
+        if name is None:
+            return dataclasses.replace(made, status="created")
+        cuts = tuple(self.cuts[name])
+        return dataclasses.replace(made, status="created", cuts=cuts, origin=self.origins[name])
 
 
 def _merged(notes: Iterable[RefusalNote]) -> list[RefusalNote]:

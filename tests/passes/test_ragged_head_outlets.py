@@ -140,6 +140,8 @@ def test_steps_of_training_are_those_of_the_masked_model() -> None:
     other = torch.optim.Adam(model.parameters(), lr=1e-3)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     srfx.plan(small).apply_to_optimizer(other, model, small)
+    held = {id(p) for group in other.param_groups for p in group["params"]}
+    assert held == {id(p) for p in small.parameters()}
     start = small(*x).detach()
     for _ in range(3):
         step(model, optimizer)
