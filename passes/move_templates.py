@@ -127,6 +127,8 @@ def _way(program: Program, node: fx.Node, axis: int, shift: Tensor) -> tuple[Gra
         if len(node.users) != 1 or not node.op.startswith("call") or not program.is_tensor(node):
             continue
         rule, call = resolve(node, program)
+        if rule.is_unrecognised(call):
+            continue
         for way in rule.shifted(call, axis, shift):
             if way.operand is None:
                 return (*edits, *way.edits)

@@ -159,3 +159,25 @@ def test_a_template_is_written_down_and_the_old_ones_go() -> None:
     assert forms(gm).count("bare") == len(found.edits)
     names = [name for name, _ in gm.named_buffers() if "template" in name]
     assert len(names) == 2 - len(found.edits)
+
+
+def test_an_index_that_is_computed_is_left_alone() -> None:
+    """Nothing is known of where such a spread puts its channels, on either side of the sum."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+            self.register_buffer("index", torch.tensor([0, 3, 4]))
+            self.register_buffer("template", torch.arange(7.0).index_fill(0, self.index, 0.0))
+
+        def forward(self, x: Tensor, places: Tensor) -> Tensor:
+            y = spread(self.layers[0](x), -1, places, 7, self.template)
+            return y + spread(self.layers[1](x), -1, self.index, 7, self.template)
+
+    model, x = Net().double().eval(), (torch.randn(2, 5).double(), torch.tensor([0, 4, 3]))
+    gm, wanted = fx.symbolic_trace(model), model(*x)
+    add_narrow_summands(gm, list(x), lambda: None)
+    gm.recompile()
+    assert forms(gm) == ["template", "template"]
+    assert torch.equal(gm(*x), wanted)
