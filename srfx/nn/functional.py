@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from srfx.nn.layer_norm_forms import Population, normalise, statistics_dtype
+from srfx.nn.layer_norm_forms import Population, is_eager, normalise, statistics_dtype
+from srfx.nn.selection import select
 
 EMITTABLE = ("r", "mu_r", "one")
 
@@ -158,11 +159,19 @@ def _selected(
     y: Tensor, n_emitted: int, outputs: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Channels ``outputs`` of what is normalised, scaled and shifted, and what is emitted behind them."""
-    chosen = y.index_select(-1, outputs)
+    chosen = select(y, -1, outputs)
     if weight is not None:
         scale = weight.to(y.dtype)
-        chosen = chosen * scale if bias is None else torch.addcmul(bias.to(y.dtype), chosen, scale)
+        if is_eager() and not torch.is_grad_enabled():  # its memory is at hand, and nobody else's
+            chosen = chosen.mul_(scale) if bias is None else _shifted(bias.to(y.dtype), chosen, scale)
+        else:
+            chosen = chosen * scale if bias is None else torch.addcmul(bias.to(y.dtype), chosen, scale)
     return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
+
+
+def _shifted(bias: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
+    """bias + chosen scale, over ``chosen``."""
+    return torch.addcmul(bias, chosen, scale, out=chosen)
 
 
 def compensated_rms_norm(
@@ -227,7 +236,7 @@ def compensated_rms_norm(
     xs = x.to(stat)
     floor = removed_sum_squares / n_total + (torch.finfo(stat).eps if eps is None else eps)
     r = torch.rsqrt((xs * xs).sum(-1, keepdim=True) / n_total + floor)
-    y = (xs if outputs is None else xs.index_select(-1, outputs)) * r
+    y = (xs if outputs is None else select(xs, -1, outputs)) * r
     if weight is not None:
         y = y * weight
     channels = {"r": r, "one": torch.ones_like(r)}

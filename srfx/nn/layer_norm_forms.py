@@ -75,15 +75,19 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
-    """Pick the form: plain where the call is traced or transformed, quick in eager mode."""
-    if (
+def is_eager() -> bool:
+    """Whether ops run as they are called: nothing traces, transforms or differentiates them forward."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or p.floor / p.kept_share < _SMALLEST_NATIVE_EPS
-    ):
+    )
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
+    """Pick the form: plain where the call is traced or transformed, quick in eager mode."""
+    if not is_eager() or p.floor / p.kept_share < _SMALLEST_NATIVE_EPS:
         return normalise_plain(x, weight, bias, p)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if needs_grad:
@@ -164,9 +168,22 @@ def _normalise_quick(
     else:
         torch.addcmul(bias.to(stat), z, q, out=y)
     if p.emits:
-        for offset, channel in enumerate(_emitted(p, q * rstd, delta)):
-            out[..., n_last + offset : n_last + offset + 1] = channel
+        _emit(p, q * rstd, delta, out[..., n_last:])
     return out, q, rstd, delta
+
+
+def _emit(p: Population, r: Tensor, delta: Tensor, out: Tensor) -> None:
+    """Write the numbers of `_emitted` into ``out`` [..., len(emits)], which may have another dtype."""
+    for offset, name in enumerate(p.emits):
+        place = out.narrow(-1, offset, 1)
+        if name == "r":
+            place.copy_(r)
+        elif name == "one":
+            place.fill_(1)
+        elif p.mean == p.shift:
+            torch.mul(delta * -p.kept_share, r, out=place)
+        else:
+            torch.mul((delta * -p.kept_share).add_(p.mean - p.shift), r, out=place)
 
 
 class _QuickForm(torch.autograd.Function):
