@@ -162,16 +162,13 @@ def _selected(
     chosen = select(y, -1, outputs)
     if weight is not None:
         scale = weight.to(y.dtype)
-        if is_eager() and not torch.is_grad_enabled():  # its memory is at hand, and nobody else's
-            chosen = chosen.mul_(scale) if bias is None else _shifted(bias.to(y.dtype), chosen, scale)
+        # its memory is at hand, and nobody else's; a fresh tensor costs page faults
+        out = chosen if is_eager() and not torch.is_grad_enabled() else None
+        if bias is None:
+            chosen = torch.mul(chosen, scale, out=out)
         else:
-            chosen = chosen * scale if bias is None else torch.addcmul(bias.to(y.dtype), chosen, scale)
+            chosen = torch.addcmul(bias.to(y.dtype), chosen, scale, out=out)
     return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
-
-
-def _shifted(bias: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
-    """bias + chosen scale, over ``chosen``."""
-    return torch.addcmul(bias, chosen, scale, out=chosen)
 
 
 def compensated_rms_norm(
