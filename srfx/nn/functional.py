@@ -164,10 +164,12 @@ def _selected(
         scale = weight.to(y.dtype)
         # its memory is at hand, and nobody else's; a fresh tensor costs page faults
         out = chosen if is_eager() and not torch.is_grad_enabled() else None
-        if bias is None:
-            chosen = torch.mul(chosen, scale, out=out)
-        else:
-            chosen = torch.addcmul(bias.to(y.dtype), chosen, scale, out=out)
+        shift = None if bias is None else bias.to(y.dtype)
+        chosen = (
+            torch.mul(chosen, scale, out=out)
+            if shift is None
+            else torch.addcmul(shift, chosen, scale, out=out)
+        )
     return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
 
 
