@@ -90,10 +90,15 @@ class RaggedReadsWrites(CostedPass):
                 continue
             wasted = [e for e, (cut, gain) in judged.items() if not cut.is_trivial and gain <= 0]
             found.refusals += [_refusal(e, judged[e][0]) for e in wasted]
-            ports = [e for e in ports if e not in wasted]
             if not wasted:
-                found.edits += [e for e, (cut, _) in judged.items() if not cut.is_trivial]
-                break
+                useful = [e for e, (cut, _) in judged.items() if not cut.is_trivial]
+                if len(useful) in (0, len(ports)):
+                    found.edits += useful
+                    break
+                wasted = [
+                    e for e in ports if e not in useful
+                ]  # what is opened is judged as it will stand, without them
+            ports = [e for e in ports if e not in wasted]
         return found
 
     def _judge(

@@ -7,14 +7,15 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import srfx
-from srfx.ir.plan import Reason
+from srfx.ir.plan import Plan, Reason
 from srfx.minimize import minimize
 from srfx.nn.selection import spread
 from srfx.passes import get_pass
-from srfx.passes.ragged_reads_writes import OpenPort
+from srfx.passes.ragged_reads_writes import OpenPort, RaggedReadsWrites
 from tests.helpers import assert_equivalent, check, kill, randomized, relative_error, shapes
 
 
@@ -415,3 +416,40 @@ def test_the_result_trains_pickles_and_exports() -> None:
 def test_ragged_is_a_flag() -> None:
     with pytest.raises(ValueError, match="ragged"):
         minimize(two_readers(), torch.randn(3, 5), ragged="yes")  # type: ignore[arg-type]
+
+
+def test_what_is_opened_is_what_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged beside ports that come to nothing, one of a norm was opened and closed again a hundred times."""
+
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.norm, self.up, self.down = (
+                nn.Linear(8, 8),
+                nn.LayerNorm(8),
+                nn.Linear(8, 12),
+                nn.Linear(12, 8),
+            )
+            self.last, self.back = nn.LayerNorm(8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.norm.weight[[1, 3, 5]] = 0
+                self.norm.bias.normal_()
+                self.down.weight[[2, 4, 5]] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.front(x)
+            z: Tensor = self.back(self.last(y + self.down(F.silu(self.up(self.norm(y))))))
+            return z
+
+    rounds, plan = [0], RaggedReadsWrites.plan
+
+    def counted(self: RaggedReadsWrites, gm: fx.GraphModule) -> Plan:
+        rounds[0] += 1
+        return plan(self, gm)
+
+    monkeypatch.setattr(RaggedReadsWrites, "plan", counted)
+    torch.manual_seed(0)
+    model, x = PreNorm().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    small = srfx.minimize(fx.symbolic_trace(model), (x,), ragged=True)
+    assert rounds[0] <= 4
+    assert relative_error(model(x), small(x)) <= 1e-9
