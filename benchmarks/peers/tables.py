@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.peers.cases import CASES, MASKS
-from benchmarks.peers.tools import SINGLE, TOOLS
+from benchmarks.peers.tools import FOLDED, FOLDS, SINGLE, TOOLS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "comparison.md"
@@ -35,6 +35,8 @@ are there and to choose nothing; most of them are made to choose as well, and th
 the share of the parameters that stays. A result counts only when it is right: the outputs of masked model and result agree
 to 1e-9 in float64 ({single}: to 1e-4, for they only know float32). torch.ao.pruning is asked for those layers only that it
 does not refuse, and two lines of NNI's tracer are mended, without which it does not start under a torch of today.
+torch-simplify folds batch norms into convolutions as well, so it stands against *{folded}*: the result of `srfx.minimize`
+through `torch.fx.experimental.optimization.fuse`, which drops their parameters where the weights are to stay as they are.
 """
 
 
@@ -43,7 +45,7 @@ def write(known: dict[str, Any]) -> None:
     runs, races = known["runs"], known["races"]
     tools = [t for t in TOOLS if any(key.endswith(f"/ {t}") for key in runs)]
     versions = ", ".join(f"{k} {v}" for k, v in known["versions"].items())
-    parts = [INTRODUCTION.format(versions=versions, single=", ".join(SINGLE))]
+    parts = [INTRODUCTION.format(versions=versions, single=", ".join(SINGLE), folded=FOLDED)]
     parts.append("![Share of the parameters left, exact results only](comparison.svg)\n")
     parts.append("## In short\n\n" + _verdict(runs, races))
     parts.append("## How often each was right\n\n" + _outcomes(runs, tools))
@@ -83,10 +85,12 @@ def _get(runs: dict[str, Any], model: str, mask: str, tool: str) -> dict[str, An
 def _verdict(runs: dict[str, Any], races: dict[str, Any]) -> str:
     """Where our row is not what it should be, by name; counted from the numbers, never written by hand."""
     cases = [(m, k) for m in CASES for k in MASKS if _get(runs, m, k, "srfx")]
-    wrong = [c for c in cases if _get(runs, *c, "srfx")["outcome"] != "exact"]
-    larger = [
-        c for c in cases if c not in wrong and _smallest(runs, *c) < _get(runs, *c, "srfx")["left"] * 0.9999
+    wrong = [
+        c
+        for c in cases
+        if any(_get(runs, *c, t).get("outcome", "exact") != "exact" for t in ("srfx", FOLDED))
     ]
+    larger = [c for c in cases if c not in wrong and any(_is_beaten(runs, *c, tool) for tool in TOOLS)]
     raced = {c: races[f"{c[0]} / {c[1]}"] for c in cases if "srfx" in races.get(f"{c[0]} / {c[1]}", {})}
     slower = {
         c: s for c, race in raced.items() if (s := _fastest_other(race)) is not None and s[1] < 1 / WITHIN
@@ -123,8 +127,19 @@ def _words(case: tuple[str, ...]) -> str:
     return f"{case[0]} `{case[1]}`" + (f" ({case[2]})" if len(case) > 2 else "")
 
 
-def _smallest(runs: dict[str, Any], model: str, mask: str) -> float:
-    rows = [_get(runs, model, mask, tool) for tool in TOOLS]
+def _ours(tool: str) -> str:
+    """Which of our rows a tool stands against."""
+    return FOLDED if tool in FOLDS else "srfx"
+
+
+def _is_beaten(runs: dict[str, Any], model: str, mask: str, tool: str) -> bool:
+    row, ours = _get(runs, model, mask, tool), _get(runs, model, mask, _ours(tool))
+    return bool(row.get("outcome") == "exact" and row["left"] < ours["left"] * 0.9999)
+
+
+def _smallest(runs: dict[str, Any], model: str, mask: str, among: str) -> float:
+    """The least share of the exact results that a tool stands against."""
+    rows = [_get(runs, model, mask, tool) for tool in TOOLS if _ours(tool) == _ours(among)]
     return min((r["left"] for r in rows if r.get("outcome") == "exact"), default=0.0)
 
 
@@ -132,8 +147,8 @@ def _fastest_other(race: dict[str, float]) -> tuple[str, float, float] | None:
     """The fastest exact result of another tool, its time in units of ours in the same engine, milliseconds less."""
     times: dict[str, tuple[float, float]] = {}
     for tool in TOOLS:
-        if tool != "srfx" and tool in race:
-            ours = race["srfx, OpenVINO"] if tool == ENGINE else race["srfx"]
+        if tool != _ours(tool) and tool in race:
+            ours = race["srfx, OpenVINO"] if tool == ENGINE else race.get(_ours(tool), race["srfx"])
             times[tool] = race[tool] / ours, ours - race[tool]
     best = min(times, key=times.__getitem__, default=None)
     return None if best is None else (best, *times[best])
@@ -156,7 +171,7 @@ def _shares(runs: dict[str, Any], tools: list[str], mask: str, models: Any) -> s
     models = [m for m in models if any(_get(runs, m, mask, t) for t in tools)]
     text = _head(["tool", *models])
     for tool in tools:
-        rows = [(_get(runs, model, mask, tool), _smallest(runs, model, mask)) for model in models]
+        rows = [(_get(runs, model, mask, tool), _smallest(runs, model, mask, tool)) for model in models]
         text += _row([tool, *(_share(row, least) for row, least in rows)])
     return text
 
@@ -224,7 +239,7 @@ def _plot(runs: dict[str, Any], tools: list[str]) -> None:
     for i, tool in enumerate(tools):
         rows = [_get(runs, model, "classes", tool) for model in models]
         places = [x + i * width for x in range(len(models))]
-        colour = "#2a6fdb" if tool == "srfx" else pyplot.get_cmap("Set2")(i)
+        colour = {"srfx": "#2a6fdb", FOLDED: "#8fb3ec"}.get(tool) or pyplot.get_cmap("Set2")(i)
         is_exact = [row.get("outcome") == "exact" for row in rows]
         shares = [100 * row["left"] if exact else 0.0 for row, exact in zip(rows, is_exact, strict=True)]
         axes.bar(places, shares, width * 0.9, label=tool, color=colour)

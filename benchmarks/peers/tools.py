@@ -20,6 +20,13 @@ def aligned(model: nn.Module, x: Tensor) -> nn.Module:
     return srfx.minimize(model, x)
 
 
+def folded(model: nn.Module, x: Tensor) -> nn.Module:
+    """And batch norms that follow a convolution become part of it, by torch.fx's own pass."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(srfx.minimize(model, x))  # type: ignore[no-any-return]
+
+
 def simplify(model: nn.Module, x: Tensor) -> nn.Module:
     """torch-simplify, as its documentation calls it."""
     import simplify as library
@@ -191,8 +198,10 @@ class Converted(nn.Module):
         return torch.from_numpy(self.compiled(x.numpy())[0])
 
 
+FOLDED = "srfx, norms folded"
 TOOLS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "srfx": aligned,
+    FOLDED: folded,
     "torch-simplify": simplify,
     "Torch-Pruning, zero rows": zero_rows,
     "Torch-Pruning, zero groups": zero_groups,
@@ -202,3 +211,5 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 }
 SINGLE = ("torch-simplify", "OpenVINO", "NNI")
 """Tools that only know float32; all others get float64, where rounding hides nothing."""
+FOLDS = (FOLDED, "torch-simplify")
+"""Tools that fold batch norms into convolutions, which has nothing to do with zeros: compared among themselves."""
