@@ -26,9 +26,9 @@ from srfx.ir.program import Param, Value
 from srfx.ir.shapes import SharedHints, survey
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.lattice.movement import Fields
-from srfx.minimize import canonicalise, remembered_inputs
+from srfx.minimize import canonicalise
 from srfx.ops.facts import FactTable
-from srfx.record.attach import model_of, record_of
+from srfx.record.attach import model_of, record_of, remembered_inputs
 from srfx.record.keep_plan import KeepPlan
 
 OUTPUT = "OUTPUT"

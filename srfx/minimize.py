@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -18,6 +18,7 @@ from srfx.ir.effects import changes_itself
 from srfx.ir.fake_run import UNKNOWN, Survey
 from srfx.ir.own import own_tensors, storages
 from srfx.ir.shapes import SharedHints, survey
+from srfx.ir.short_paths import shorten_paths
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.ir.timing import is_faster, turns_s
 from srfx.passes import (
@@ -35,8 +36,7 @@ from srfx.passes.group_heads import GroupHeadsPass
 from srfx.passes.move_templates import add_narrow_summands
 from srfx.passes.ragged_reads_writes import RaggedReadsWrites
 from srfx.passes.restore_in_place import RestoreInPlacePass
-from srfx.record.attach import attach, record_of
-from srfx.record.record import TensorSpec
+from srfx.record.attach import attach, record_of, remembered_inputs
 from srfx.record.recorder import Recorder
 from srfx.verify import first_batch
 from srfx.verify import verify as run_verification
@@ -172,6 +172,7 @@ def _minimize(
     record = recorder.record(gm, _at(gm, given, before, after))
     record.timing = timing
     gm = own_tensors(RestoreInPlacePass()(gm).graph_module, storages([model]))
+    shorten_paths(gm)
     attach(gm, record)
     return gm
 
@@ -200,19 +201,6 @@ def _faster(
     measured = {"aligned_ms": 1e3 * times[0], "ragged_ms": 1e3 * times[1], "is_ragged": float(is_ragged)}
     kept.timing = {**record.timing, **measured}
     return small
-
-
-def remembered_inputs(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
-    """The input shapes of the last run: a minimized model that was pickled or saved has no other metadata."""
-    record = record_of(model)
-    if record is None or len(record.inputs) != len(gm.graph.find_nodes(op="placeholder")):
-        return None
-    with FakeTensorMode():
-        return [pytree.tree_map_only(TensorSpec, _empty, value) for value in record.inputs]
-
-
-def _empty(spec: TensorSpec) -> Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
 def _at(gm: fx.GraphModule, given: Survey, before: Survey, now: Survey) -> Survey:

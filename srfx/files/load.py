@@ -16,6 +16,7 @@ from srfx.files.modules import ModuleReader
 from srfx.files.original import Original
 from srfx.files.records import record_of_data
 from srfx.files.tensors import TensorReader
+from srfx.ir.short_paths import shorten_paths
 from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.record.attach import attach
 
@@ -89,7 +90,7 @@ def _build(
     if not isinstance(gm, fx.GraphModule):
         raise DamagedFileError("the file is damaged: its root is no graph")
     gm.graph.lint()
-    gm.recompile()
+    shorten_paths(gm)
     if original is not None:
         original.check(gm)
     if record is not None:

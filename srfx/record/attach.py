@@ -14,12 +14,16 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakSet
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from srfx.ir.clone import clone_graph
+from srfx.ir.short_paths import shorten_paths
 from srfx.record.keep_plan import KeepPlan
-from srfx.record.record import Record
+from srfx.record.record import Record, TensorSpec
 
 KEY = "srfx"
 _ALIVE: WeakSet[fx.GraphModule] = WeakSet()
@@ -35,6 +39,19 @@ def record_of(model: nn.Module) -> Record | None:
     """The record of a minimized model, None when there is none."""
     found = getattr(model, "meta", {}).get(KEY)
     return found if isinstance(found, Record) else None
+
+
+def remembered_inputs(model: nn.Module, gm: fx.GraphModule) -> list[Any] | None:
+    """The input shapes of the last run: a minimized model that was pickled or saved has no other metadata."""
+    record = record_of(model)
+    if record is None or len(record.inputs) != len(gm.graph.find_nodes(op="placeholder")):
+        return None
+    with FakeTensorMode():
+        return [pytree.tree_map_only(TensorSpec, _empty, value) for value in record.inputs]
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
 def model_of(plan: KeepPlan) -> fx.GraphModule | None:
@@ -78,5 +95,6 @@ def _restore(
     if codegen is not None:
         gm.graph._codegen = codegen
         gm.recompile()
+    shorten_paths(gm)
     attach(gm, record)
     return gm
