@@ -25,6 +25,8 @@ NORM = (
 ELEMENTWISE = (OPS + "elementwise.py", OPS + "pointwise.py", "tests/test_holes.py")
 ATTENTION = (OPS + "attention.py", "tests/test_holes.py")
 HEADS = ("tests/passes/test_group_heads.py",)
+TEMPLATES = ("tests/passes/test_move_templates.py",)
+IN_PLACE = ("tests/passes/test_restore_in_place.py",)
 RECURRENT = (OPS + "recurrent.py",)
 MOVEMENT = (OPS + "movement.py", OPS + "views.py", OPS + "indexing.py")
 LATTICE = (
@@ -144,4 +146,13 @@ MUTATIONS = (
              ("tests/passes/test_decompose_attention.py",)),
     Mutation("passes/group_heads.py", "            found[start : start + self.n_channels] = False\n", "", HEADS),
     Mutation("passes/_head_costs.py", "if k < room and (", "if (", HEADS),
+    Mutation("passes/move_templates.py", "if len(node.users) != 1 or not node.op", "if not node.op", TEMPLATES),
+    Mutation("passes/move_templates.py", "found is None or taken & {e.node for e in found.edits}", "found is None", TEMPLATES),
+    Mutation("srfx/ops/spatial.py", "not isinstance(bias, Param) or bias.n_sites > 1", "not isinstance(bias, Param)", TEMPLATES),
+    Mutation("srfx/ops/elementwise.py", "found = (first,) if self.subtracts or", "found = (first,) if", TEMPLATES),
+    Mutation("passes/restore_in_place.py", "if list(operand.users) != [node] or classes", "if classes", IN_PLACE),
+    Mutation("passes/restore_in_place.py", "    if not rule_of(operand, modules).is_overwritable:\n", "    if False:\n", IN_PLACE),
+    Mutation("srfx/ir/short_paths.py", "while name in taken or", "while", ("tests/srfx/ir/test_short_paths.py",)),
+    Mutation("srfx/analysis/generic_inputs.py", "and any(i > 0 or len(now) == 1 for i in places)", "and places",
+             ("tests/srfx/analysis/test_generic_inputs.py",)),
 )  # fmt: skip
