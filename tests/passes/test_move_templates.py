@@ -150,6 +150,27 @@ def test_the_same_numbers(kind, bias, n_others, is_shared, subtracts, seed) -> N
         assert "add_at" in forms(gm)
 
 
+def test_what_is_subtracted_takes_no_constants() -> None:
+    """Though it could: they would count the other way round."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(5, 3)
+            self.register_buffer("index", torch.tensor([0, 3, 4]))
+            self.register_buffer("template", torch.arange(7.0).index_fill(0, self.index, 0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).relu() - self.b(x) + spread(self.c(x), -1, self.index, 7, self.template)
+
+    model, x = Net().double().eval(), torch.randn(2, 5).double()
+    gm, wanted = fx.symbolic_trace(model), model(x)
+    add_narrow_summands(gm, [x], lambda: None)
+    gm.recompile()
+    assert forms(gm) == ["template"]
+    assert torch.equal(gm(x), wanted)
+
+
 def test_a_template_is_written_down_and_the_old_ones_go() -> None:
     """The pass stands alone too: one edit for each sum, and a sum that is left alone is none."""
     model = Sums(last(True), -1, 2, False, False).eval()
