@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from srfx.ir.aliases import AliasClasses, Kind, Link, written_operand
+from srfx.ir.aliases import AliasClasses, Kind, Link, alias_link, written_operand
 from srfx.ir.attrs import free_path, get_attr, set_attr
 from srfx.ir.clone import clone_structure
 from srfx.ir.effects import is_mutating, op_name, updates_statistics
@@ -25,6 +25,7 @@ from srfx.ir.twins import (
     fill_like,
     functional_target,
     has_plain_twin,
+    is_fill,
     is_metadata_op,
     may_change_dtype,
     out_twin_exists,
@@ -46,6 +47,7 @@ class Functionalize(Edit):
         casts: whether the twin's result must be cast back to the written tensor's dtype.
         is_written_again: whether the storage is written later: then the result must stay a view of it.
         own_module: whether the call gets a module of its own (other calls of the module stay in place).
+        copies: whether what is copied must not lend its storage, since one of the two is written later.
     """
 
     written: str = ""
@@ -54,6 +56,7 @@ class Functionalize(Edit):
     casts: bool = False
     is_written_again: bool = False
     own_module: bool = False
+    copies: bool = False
 
 
 @register_pass("functionalize")
@@ -160,10 +163,19 @@ class _Planner:
                     raise _Refused(f"the view {view.name} ({op_name(view)}) cannot be undone")
         casts = may_change_dtype(node, self.dtypes, self.classes.kinds)
         names = tuple(n.name for n in chain)
-        is_written_again = any(position[w] > now and written_operand(w) in members for w in self.writers)
+        later = [w for w in self.writers if position[w] > now]
+        is_written_again = any(written_operand(w) in members for w in later)
         return Functionalize(
-            node.name, written.name, names, tuple(n.name for n in stale), casts, is_written_again
-        )
+            node.name, written.name, names, tuple(n.name for n in stale), casts, is_written_again,
+            copies=self.must_copy(node, written, later),
+        )  # fmt: skip
+
+    def must_copy(self, node: fx.Node, written: fx.Node, later: list[fx.Node]) -> bool:
+        """Whether a later write (which may have to stay) concerns the tensor written, or one that is copied into it."""
+        if not _is_setitem(node) and not is_fill(node):
+            return False
+        fields = {m for operand in {written, *node.all_input_nodes} for m in self.classes.members(operand)}
+        return any(operand in fields for writer in later for operand in writer.all_input_nodes)
 
     def shared_chain(self, written: fx.Node, stale: list[fx.Node]) -> list[fx.Node]:
         """The views from the last node that ``written`` and all of ``stale`` come from, to ``written``."""
@@ -238,6 +250,9 @@ def _apply(gm: fx.GraphModule, edit: Functionalize, classes: AliasClasses) -> No
         new = _functional_setitem(gm.graph, node, classes.kinds)
     else:
         new = replace_call(node)
+    if edit.copies and (new in node.all_input_nodes or alias_link(new, classes.kinds) is not None):
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(aten.clone.default, (new,))
     if new is not node:
         new.meta = dict(written.meta) | {k: v for k, v in node.meta.items() if v is not None}
         if edit.casts:

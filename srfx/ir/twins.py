@@ -61,9 +61,14 @@ def functional_target(node: fx.Node) -> Any:
     return None
 
 
+def is_fill(node: fx.Node) -> bool:
+    """Whether a call writes another value over the whole tensor."""
+    return op_name(node) in _FILLS
+
+
 def has_plain_twin(node: fx.Node) -> bool:
     """Whether the functional twin of an in-place call takes the very same arguments, ``inplace`` aside."""
-    if op_name(node) in _FILLS or node.kwargs.get("out") is not None:
+    if is_fill(node) or node.kwargs.get("out") is not None:
         return False
     return isinstance(functional_target(node), str) == (node.op == "call_method")
 

@@ -127,6 +127,22 @@ def fills(s, x):
     return z * h + y - w
 
 
+def copied_then_written(s, x):
+    h = s.conv(x)
+    y = torch.zeros_like(h)
+    y.copy_(h)
+    y.relu_()
+    return h, y
+
+
+def source_of_a_copy_is_written(s, x):
+    h = s.conv(x)
+    y = torch.zeros_like(h)
+    y.copy_(h)
+    h.relu_()
+    return h, y
+
+
 def masked(s, x):
     h = s.conv(x)
     h.masked_fill_(h < 0, 0.5)
@@ -164,6 +180,8 @@ PROGRAMS = [
     read_before_and_after,
     out_argument,
     fills,
+    copied_then_written,
+    source_of_a_copy_is_written,
     masked,
     comparison_keeps_the_dtype,
     other_dtype,
@@ -195,7 +213,15 @@ def plus_equals_on_a_slice(s, x):
     return h
 
 
-EXPORT_ONLY = [items, items_by_tensor, plus_equals_on_a_slice]
+def whole_item_then_written(s, x):
+    h = s.conv(x)
+    y = torch.zeros_like(h)
+    y[...] = h
+    y.relu_()
+    return h, y
+
+
+EXPORT_ONLY = [whole_item_then_written, items, items_by_tensor, plus_equals_on_a_slice]
 
 
 def made(program):
@@ -333,6 +359,24 @@ def shape_changes_under_another_name(s, x):
     y = h[:, :4]
     h.unsqueeze_(0)
     return y, h
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+def test_a_copy_lends_no_storage_to_a_write_that_stays(is_source):
+    """The later write cannot be made functional: it must not reach the other tensor."""
+
+    def program(s, x):
+        h = s.conv(x)
+        y = torch.zeros_like(h)
+        y.copy_(h)
+        (h if is_source else y).bernoulli_(0.0)
+        return h, y
+
+    model = made(program)
+    gm = capture(torch.fx.symbolic_trace(model)).graph_module
+    Pipeline(["functionalize"])(gm)
+    assert_same(model(X.clone()), gm(X.clone()))
+    assert [n.target for n in gm.graph.nodes if is_mutating(n)] == ["bernoulli_"]
 
 
 def written_after_a_refused_write(s, x):
