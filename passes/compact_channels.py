@@ -25,7 +25,7 @@ from srfx.analysis.liveness import executed
 from srfx.analysis.order import channel_ranks
 from srfx.ir.attrs import drop_unused_attributes
 from srfx.ir.editor import GraphEdit, GraphEditor
-from srfx.ir.edits import CompactTensor, FreezeSize, RestoreOutput, SetTensor
+from srfx.ir.edits import Bypass, CompactTensor, FreezeSize, RestoreOutput, SetTensor
 from srfx.ir.effects import is_mutating, updates_statistics
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param
@@ -96,12 +96,14 @@ def plan_edits(facts: FactTable, sites: list[Site]) -> list[GraphEdit]:
         if s.node in present or isinstance(e, FreezeSize)
     ]
     frozen = [e for e in arguments if isinstance(e, FreezeSize)]
+    bypassed = [e for e in arguments if isinstance(e, Bypass)]  # else a call that reads both reads one twice
     edits = [
         *fold,
         *compact,
-        *(e for e in arguments if not isinstance(e, FreezeSize)),
+        *(e for e in arguments if not isinstance(e, (FreezeSize, Bypass))),
         *_restore(facts),
         *frozen,
+        *bypassed,
     ]
     return edits + [e for s in computed for e in s.rule.loosen(s.call)] if edits else []
 

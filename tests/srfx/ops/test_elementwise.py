@@ -369,3 +369,24 @@ def test_what_is_taken_from_zero_is_not_left_as_it_is(op: Callable[[Tensor, Tens
     model = Difference()
     kill(model.a, range(6), bias=True)
     check(model, (torch.randn(4, 5),), kept={"b.weight": (6, 5), "back.weight": (3, 6)})
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_an_operand_that_is_left_out_beside_one_that_is_stored(is_read: bool) -> None:
+    """max(h, 0 + h): the sum is h, and h is constant as far as anybody reads; one of both has to bring the batch."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.zero, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return self.out(torch.maximum(h, self.zero(x) + h))
+
+    model = randomized(Net())
+    with torch.no_grad():
+        for p in (*model.zero.parameters(), *(() if is_read else (model.out.weight,))):
+            p.zero_()
+    model.fc.weight.data[[1, 4]] = 0
+    check(model, (torch.randn(3, 5),), kept={"fc.weight": (6, 5)} if is_read else {})
