@@ -66,7 +66,8 @@ class FunctionalizePass(Pass):
     A write through a view (slice, select, transpose, view ...) becomes a scatter into its base; other views
     of the base that are read later are taken anew.  Storage is followed by alias classes, so a later reader
     under any name gets what the in-place program would give it.  A pass over a graph with several writes to
-    one storage resolves them in program order, over several rounds.
+    one storage resolves them in program order, over several rounds.  What is copied over a tensor stands for it, and is
+    copied for that if either is written later on: a write that has to stay must not reach the other.
 
     Refuses: MUTATION when the storage may be a graph input's or a parameter's (the write is observable), when
     a later reader may or may not share it (reshape, contiguous), when the view has no inverse here (expand,

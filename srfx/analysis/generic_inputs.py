@@ -147,10 +147,8 @@ def _try(gm: fx.GraphModule, known: Survey, sizes: dict[Axis, int]) -> Survey | 
             found = survey(gm, inputs)
     except CaptureError:
         return None
-    if any(
-        axis == 0 for _, axis in sizes
-    ):  # the batch: what is in front of a merged axis moves no position of it
-        return found
+    if any(axis == 0 for _, axis in sizes):
+        return found  # the batch: what is in front of a merged axis moves no position of it
     return found if _views_alike(gm, known, found) and not _picks_of_merged(gm, known, found) else None
 
 

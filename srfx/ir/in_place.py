@@ -19,15 +19,20 @@ KEY = "srfx_in_place"
 
 def make_functional(node: fx.Node, target: Any) -> None:
     """Turn an in-place call into the functional one of the same arguments, and mark it."""
-    kwargs = dict(node.kwargs)
-    if target is node.target:
-        kwargs.pop("inplace", None)
-        position = place_of_inplace(target)
-        if len(node.args) > position:
-            node.args = (*node.args[:position], False, *node.args[position + 1 :])
-    node.kwargs = kwargs
+    node.args, node.kwargs = functional_arguments(node, target)
     mark(node, target)
     node.target = target
+
+
+def functional_arguments(node: fx.Node, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which ``target``, which may be the same function, does not write."""
+    args, kwargs = node.args, dict(node.kwargs)
+    if target is node.target:  # a function of torch.nn.functional with an inplace argument
+        kwargs.pop("inplace", None)
+        position = place_of_inplace(target)
+        if len(args) > position:
+            args = (*args[:position], False, *args[position + 1 :])
+    return args, kwargs
 
 
 def mark(node: fx.Node, functional: Any) -> None:

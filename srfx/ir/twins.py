@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from srfx.ir.aliases import Kind
 from srfx.ir.effects import INPLACE_OPERATORS, op_name
+from srfx.ir.in_place import functional_arguments
 
 aten = torch.ops.aten
 
@@ -93,7 +94,7 @@ def replace_call(node: fx.Node) -> fx.Node:
             return graph.call_function(plain, args, kwargs)
         target: Any = functional_target(node)
         assert target is not None
-        assert target is not node.target
+        args, kwargs = functional_arguments(node, target)
         if isinstance(target, str):
             return graph.call_method(target, args, kwargs)
         return graph.call_function(target, args, kwargs)

@@ -379,6 +379,20 @@ def test_a_copy_lends_no_storage_to_a_write_that_stays(is_source):
     assert [n.target for n in gm.graph.nodes if is_mutating(n)] == ["bernoulli_"]
 
 
+@torch.fx.wrap
+def a_number(x):
+    return x.shape[1] / 10
+
+
+def test_a_function_in_place_with_an_argument_of_unknown_kind():
+    """The number may be a tensor of another dtype as far as the graph tells, so the result is cast."""
+    model = made(lambda s, x: F.leaky_relu(s.conv(x), a_number(x), inplace=True))
+    gm = capture(torch.fx.symbolic_trace(model)).graph_module
+    Pipeline(["functionalize"])(gm)
+    assert_same(model(X.clone()), gm(X.clone()))
+    assert not [n for n in gm.graph.nodes if is_mutating(n)]
+
+
 def written_after_a_refused_write(s, x):
     h = s.conv(x)
     flat = h.flatten(1)

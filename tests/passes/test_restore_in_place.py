@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -162,3 +164,38 @@ def test_results_in_place_are_saved_exported_and_trained(name: str, tmp_path: Pa
     small.train()(X).square().sum().backward()
     assert all(p.grad is not None for p in small.parameters() if p is not small.get_parameter("head.bias"))
     assert get_pass("restore-in-place").name == RestoreInPlacePass.name
+
+
+class Chain(nn.Module):
+    """Steps of a producer and an activation in place, some with a second reader of what the activation writes over."""
+
+    def __init__(self, steps: list[tuple[str, bool]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in steps)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in steps)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = 0.0
+        for (kind, is_read), layer, norm in zip(self.steps, self.layers, self.norms, strict=True):
+            y = layer(x)
+            y = norm(y) if kind == "norm" else y + x if kind == "sum" else y.tanh() if kind == "tanh" else y
+            if is_read:
+                seen = seen + y.exp().mean()
+            x = F.relu(y, inplace=True) if kind != "tanh" else F.relu(y).clone()
+        return self.head(x.mean((2, 3))) + seen
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["layer", "norm", "sum", "tanh"]), st.booleans()), min_size=1, max_size=4
+    )
+)
+def test_any_chain_of_writes(steps: list[tuple[str, bool]]) -> None:
+    """Values and gradients are those of the original, and all writes that nobody can notice are there."""
+    model = randomized(Chain(steps)).double().eval()
+    small = srfx.minimize(fx.symbolic_trace(model), X)
+    assert writes(small) == sum(kind != "tanh" and not is_read for kind, is_read in steps)
+    assert_like(model, small)

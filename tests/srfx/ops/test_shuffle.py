@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srfx.ir.plan import Reason
 from tests.helpers import Sandwich, check, kill, randomized
 
 
@@ -96,3 +97,18 @@ def test_pixels_that_a_layer_writes(shuffle: nn.Module, dead: Any) -> None:
     model = Pixels()
     kill(model.front, rows=dead, bias=True)
     check(model, (torch.randn(2, 5),), idempotent=False)
+
+
+def test_a_dead_channel_of_pixels_that_a_layer_writes_stays_and_the_report_says_why() -> None:
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.shuffle, self.back = nn.Linear(5, 48), nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.shuffle(self.front(x).view(-1, 3, 4, 4))).mean((2, 3))
+
+    model = randomized(Pixels())
+    kill(model.front, rows=range(16), bias=True)
+    kept = {"front.weight": (48, 5), "back.weight": (4, 12, 1, 1)}
+    check(model, (torch.randn(2, 5),), kept=kept, reasons=[Reason.CHANNEL_MIXING])
