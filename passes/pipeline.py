@@ -66,6 +66,25 @@ class Pipeline:
             gm.recompile()
         return result
 
+    def settle(self, gm: fx.GraphModule) -> PipelineResult:
+        """Run the whole order again until it finds nothing: what a late pass makes, an early one may read.
+
+        Returns:
+            All that was done; the refusals are those of the last run.
+
+        Raises:
+            AssertionError: when there are still edits after ``max_rounds`` runs.
+        """
+        result = self(gm)
+        last = result
+        for _ in range(self.max_rounds):
+            if not last.modified:
+                return result
+            last = self(gm)
+            result.edits += last.edits
+            result.refusals = last.refusals
+        raise AssertionError(f"the passes still plan edits after {self.max_rounds} runs of all of them")
+
     def _settle(self, step: Pass, gm: fx.GraphModule, result: PipelineResult) -> PassResult:
         recompiled, step.recompiles = step.recompiles, False  # once, at the end, is enough
         try:

@@ -50,10 +50,10 @@ CANONICALISE = (
     "open-tuples",
     "fold-parameter-math",
     "drop-noops",
+    "split-parameters",
     "raise-linear",
     "raise-norms",
     "raise-softmax",
-    "split-parameters",
     "split-fused-projections",
     "repeat-to-index-select",
     "raise-channel-shuffle",
@@ -279,7 +279,7 @@ def _shapes(gm: fx.GraphModule, inputs: list[Any]) -> dict[str, tuple[int, ...]]
 
 
 def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> PipelineResult:
-    """Run the passes of `CANONICALISE`, each to its fixpoint, on a graph that the caller owns.
+    """Run the passes of `CANONICALISE` to their common fixpoint, on a graph that the caller owns.
 
     Args:
         gm: a captured graph.
@@ -287,7 +287,8 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Pipe
     """
     options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
     steps = [get_pass(name, **options[name]) for name in CANONICALISE]
-    return Pipeline(steps, on_change=hints.forget if isinstance(hints, SharedHints) else None)(gm)
+    on_change = hints.forget if isinstance(hints, SharedHints) else None
+    return Pipeline(steps, on_change=on_change).settle(gm)
 
 
 def default_passes(example_inputs: Any = None, *, multiple_of: int = 1) -> list[Pass]:

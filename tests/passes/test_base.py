@@ -78,6 +78,39 @@ def test_pipeline_runs_to_the_fixpoint_recompiles_and_keeps_the_last_refusals():
     assert not Pipeline([step])(gm).modified
 
 
+class Follows(OneAtATime):
+    """Turn a tanh, which only the other pass makes, into a sigmoid."""
+
+    def plan(self, gm):
+        return Plan([Rename(n.name) for n in gm.graph.nodes if n.target is torch.tanh][:1])
+
+    def apply(self, gm, edit):
+        next(n for n in gm.graph.nodes if n.name == edit.node).target = torch.sigmoid
+
+
+def test_settle_goes_on_while_an_early_pass_reads_what_a_late_one_wrote():
+    gm = graph_module()
+    result = Pipeline([Follows(), OneAtATime()]).settle(gm)
+    assert [e.node for _, e in result.edits] == ["relu", "relu_1"] * 2
+    assert [r.node for r in (refusal for _, refusal in result.refusals)] == ["neg"]
+    assert torch.equal(gm(X), torch.sigmoid(-torch.sigmoid(X)))
+
+
+class BackAgain(OneAtATime):
+    """Undo what the other pass does."""
+
+    def plan(self, gm):
+        return Plan([Rename(n.name) for n in gm.graph.nodes if n.target is torch.tanh])
+
+    def apply(self, gm, edit):
+        next(n for n in gm.graph.nodes if n.name == edit.node).target = torch.relu
+
+
+def test_passes_that_undo_each_other_are_an_error():
+    with pytest.raises(AssertionError, match="after 3 runs of all"):
+        Pipeline([OneAtATime(), BackAgain()], max_rounds=3).settle(graph_module())
+
+
 def test_runs_in_the_pass_manager_of_torch():
     gm = graph_module()
     result = PassManager([OneAtATime(), OneAtATime()], steps=1)(gm)

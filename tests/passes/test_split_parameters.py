@@ -101,6 +101,17 @@ class Cross(nn.Module):
         return self.attn(x, y, y, need_weights=False)[0]
 
 
+class Transposed(nn.Module):
+    """Cross attention of queries whose channels come before their positions."""
+
+    def __init__(self, cross: Cross) -> None:
+        super().__init__()
+        self.cross = cross
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.cross(x.transpose(1, 2), y)
+
+
 def test_exported_cross_attention_gets_three_projections():
     model, y = Cross().double().eval(), torch.randn(N, 7, E, dtype=torch.float64)
     with torch.no_grad():
@@ -113,3 +124,18 @@ def test_exported_cross_attention_gets_three_projections():
     wanted = {f"attn.{p}_proj.{kind}" for p in ("q", "k", "v", "out") for kind in ("weight", "bias")}
     assert set(named) == wanted
     assert_equivalent(model, gm, (X, y))
+
+
+def test_decomposed_cross_attention_of_a_transposed_query_gets_linear_layers() -> None:
+    # torch decomposes a projection of what is not contiguous into a bmm with the repeated piece of the weight
+    model, x, y = Cross().double().eval(), torch.randn(N, E, 5, dtype=torch.float64), X
+    program = torch.export.export(
+        Transposed(model), (x, y), dynamic_shapes=({0: torch.export.Dim.AUTO},) * 2, strict=False
+    ).run_decompositions()
+    assert torch.ops.aten.bmm.default in {n.target for n in program.graph.nodes}
+    gm = capture(program.module(), (x, y)).graph_module
+    canonicalise(gm, [x, y])
+    named = dict(gm.named_parameters())
+    assert {f"cross.attn.{p}_proj.weight" for p in "qkv"} <= named.keys()
+    assert not canonicalise(gm, [x, y]).modified
+    assert_equivalent(Transposed(model), gm, (x, y))
