@@ -27,11 +27,12 @@ from srfx.passes import (  # noqa: F401
     split_parameters,
 )
 from srfx.passes._machine_costs import MachineCosts, machine_costs
-from srfx.passes.base import PASSES, Pass, PassResult, get_pass, register_pass
+from srfx.passes.base import PASSES, HintedPass, Pass, PassResult, get_pass, register_pass
 from srfx.passes.pipeline import Pipeline, PipelineResult
 
 __all__ = [
     "PASSES",
+    "HintedPass",
     "MachineCosts",
     "Pass",
     "PassResult",

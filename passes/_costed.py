@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from srfx.passes._machine_costs import MachineCosts
-from srfx.passes.base import Pass
+from srfx.passes.base import HintedPass
 
 
-class CostedPass(Pass):
+class CostedPass(HintedPass):
     """A pass that sets readers free where that pays.
 
     Args:
@@ -20,15 +20,13 @@ class CostedPass(Pass):
     After a run ``predicted_s`` says how many seconds its edits are predicted to save.
     """
 
-    takes_hints = True
-
     def __init__(
         self,
         hints: Sequence[Any] | None = None,
         multiple_of: int = 1,
         machine: MachineCosts | None = None,
     ) -> None:
-        self.hints = hints
+        super().__init__(hints)
         self.multiple_of = multiple_of
         self.machine = machine
         self.predicted_s = 0.0

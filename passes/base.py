@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import fx
@@ -40,8 +40,6 @@ class Pass(PassBase):
     """
 
     name: ClassVar[str] = ""
-    takes_hints: ClassVar[bool] = False
-    """Whether the pass needs shapes: then it takes ``hints``, one value for each placeholder."""
     recompiles: bool = True
     """A pipeline sets it to False and recompiles once at its end; ``ensures`` then has the graph only."""
 
@@ -89,6 +87,17 @@ class Pass(PassBase):
         result = self.call(graph_module)
         self.ensures(result.graph_module)
         return result
+
+
+class HintedPass(Pass):
+    """Base of the passes that need shapes: ``srfx.ir.shapes.propagate(gm, self.hints)`` gives them.
+
+    Args:
+        hints: one example or fake value for each placeholder; None takes metadata or probes.
+    """
+
+    def __init__(self, hints: Sequence[Any] | None = None) -> None:
+        self.hints = hints
 
 
 PASSES: dict[str, type[Pass]] = {}

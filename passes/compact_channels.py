@@ -29,14 +29,14 @@ from srfx.ir.edits import Bypass, CompactTensor, FreezeSize, RestoreOutput, SetT
 from srfx.ir.effects import is_mutating, updates_statistics
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import FactTable
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 
 @register_pass("compact-channels")
-class CompactChannels(Pass):
+class CompactChannels(HintedPass):
     """Remove every dead channel; see the module's docstring.
 
     Args:
@@ -51,7 +51,7 @@ class CompactChannels(Pass):
         multiple_of: int = 1,
         values: dict[fx.Node, Any] | None = None,
     ) -> None:
-        self.hints = hints
+        super().__init__(hints)
         self.multiple_of = multiple_of
         self.values = values
         self.facts: FactTable | None = None
@@ -60,7 +60,7 @@ class CompactChannels(Pass):
     def plan(self, gm: fx.GraphModule) -> Plan:
         values, self.values = self.values, None  # true of the first round only
         if values is None:
-            values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+            values = propagate(gm, self.hints)
         facts, sites = analyse(gm, values, self.multiple_of)
         facts.ranks = channel_ranks(facts, sites)
         self.facts, self._editor = facts, GraphEditor(gm)

@@ -11,7 +11,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,10 +22,10 @@ from srfx.ir.effects import is_torch_function
 from srfx.ir.inline import replace_by_outputs
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.passes._fused_rewrite import replace_by_value
 from srfx.passes._plain_attention import Cutter, Mask, Writer
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 _KINDS: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
@@ -76,7 +76,7 @@ class _Refused(Exception):
 
 
 @register_pass("decompose-attention")
-class DecomposeAttentionPass(Pass):
+class DecomposeAttentionPass(HintedPass):
     """Write nn.MultiheadAttention, nn.Transformer and its layers as linear layers and attention.
 
     The packed projection is cut into ``q_proj``, ``k_proj``, ``v_proj`` below the module's path; other
@@ -88,19 +88,14 @@ class DecomposeAttentionPass(Pass):
     fast path of nn.TransformerEncoder without gradients packs sequences by ``src_key_padding_mask`` and puts
     zeros at padded positions of its result; here they hold what the other path computes there.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: UNRECOGNISED_CALL when an argument is no tensor, None or literal, when a layer is of a class of
     its own, or when its activation cannot be traced; OPAQUE_HOOK; SHARED_WEIGHT when a packed projection is
     also used elsewhere; COMPUTED_WEIGHT when one is parametrized.
     Source: torch.nn.functional.multi_head_attention_forward; torch/nn/modules/transformer.py.
     """
 
-    takes_hints: ClassVar[bool] = True
-
     def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
+        super().__init__(hints)
         self._cutter = Cutter()
         self._dissolved: list[str] = []
 
@@ -111,8 +106,7 @@ class DecomposeAttentionPass(Pass):
         ]
         if not calls:
             return Plan()
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program = Program(gm, propagate(gm, hints))
+        program = Program(gm, propagate(gm, self.hints))
         found: dict[fx.Node, DecomposeAttention | Refusal] = {}
         for node in sorted(calls, key=list(gm.graph.nodes).index):
             try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,12 +23,12 @@ from srfx.ir.call import Call, write_argument
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.ops.recurrent import Recurrent, RecurrentCell
 from srfx.ops.registry import registered, resolve
 from srfx.ops.shape import Creation
 from srfx.passes._tuples import hand_over, spell_out, whole_readers
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 _TENSORS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -42,7 +42,7 @@ class DecomposeRecurrent(Edit):
 
 
 @register_pass("decompose-recurrent")
-class DecomposeRecurrentPass(Pass):
+class DecomposeRecurrentPass(HintedPass):
     """Write stacked and bidirectional nn.LSTM, nn.GRU and nn.RNN, and their ATen calls, as layers of one direction.
 
     The layers of a module stand below its path as ``l0``, ``l0_reverse``, ``l1`` and so on, each an nn.LSTM (GRU,
@@ -50,18 +50,13 @@ class DecomposeRecurrentPass(Pass):
     Who takes one entry of the last states (``h_n[-1]``) reads that layer's.  A tuple of states that is handed on as
     a whole, to another call or to the output, becomes its elements.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: UNRECOGNISED_CALL for packed sequences and classes with a forward of their own; OPAQUE_HOOK;
     COMPUTED_WEIGHT when a weight is parametrized.
     Source: torch/nn/modules/rnn.py.
     """
 
-    takes_hints: ClassVar[bool] = True
-
     def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
+        super().__init__(hints)
         self._program: Program | None = None
         self._dissolved: list[str] = []
 
@@ -70,8 +65,7 @@ class DecomposeRecurrentPass(Pass):
         self._program, plan = None, Plan()
         if not _may_have_some(gm):
             return plan
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        self._program = Program(gm, propagate(gm, hints))
+        self._program = Program(gm, propagate(gm, self.hints))
         for node in gm.graph.nodes:
             if not node.op.startswith("call"):
                 continue

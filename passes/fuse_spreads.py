@@ -8,7 +8,7 @@ Exact: the same sums, and nothing is added where zeros would be.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from srfx.ir.attrs import get_attr
 from srfx.ir.plan import Edit, Plan
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.nn.selection import add_at, spread
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, "add")
 
@@ -33,24 +33,16 @@ class FuseSpread(Edit):
 
 
 @register_pass("fuse-spreads")
-class FuseSpreads(Pass):
+class FuseSpreads(HintedPass):
     """Turn sums with a spread among zeros into add_at.
 
     Left alone: a spread with constants of its own, one that others read too, a sum that broadcasts or scales.
-
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
     """
-
-    takes_hints = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         if not any(is_bare(gm, n) for n in gm.graph.nodes):
             return Plan()
-        values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        values = propagate(gm, self.hints)
         edits: list[Edit] = []
         for node, a, b in plain_sums(gm, values):
             if is_bare(gm, b):

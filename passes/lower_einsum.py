@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Param, Program
-from srfx.ir.shapes import hint_inputs, propagate
-from srfx.passes.base import Pass, register_pass
+from srfx.ir.shapes import propagate
+from srfx.passes.base import HintedPass, register_pass
 
 aten = torch.ops.aten
 _ELLIPSIS = -100
@@ -61,21 +61,13 @@ class LowerEinsum(Edit):
 
 
 @register_pass("lower-einsum")
-class LowerEinsums(Pass):
+class LowerEinsums(HintedPass):
     """Replace ``torch.einsum`` and ``aten.einsum`` by permutations, products and sums.
 
     Left as it is: an equation that is no literal, and operands given as one tuple.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: UNRECOGNISED_CALL for an index twice in one operand (a diagonal), and for sizes that broadcast.
     """
-
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every einsum, in graph order."""
@@ -83,7 +75,7 @@ class LowerEinsums(Pass):
         found = [n for n in gm.graph.nodes if n.target in (torch.einsum, aten.einsum.default)]
         if not found:
             return plan
-        program = Program(gm, propagate(gm, self.hints if self.hints is not None else hint_inputs(gm)))
+        program = Program(gm, propagate(gm, self.hints))
         for node in found:
             edit = _edit(node, program)
             if edit is None:

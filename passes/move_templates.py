@@ -20,10 +20,10 @@ from srfx.ir.editor import GraphEdit, GraphEditor
 from srfx.ir.edits import SetArgument
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.nn.selection import spread
 from srfx.ops.registry import resolve
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 from srfx.passes.fuse_spreads import FuseSpreads, is_bare, plain_sums
 
 MAX_ROUNDS = 100
@@ -38,25 +38,17 @@ class MoveTemplate(Edit):
 
 
 @register_pass("move-templates")
-class MoveTemplates(Pass):
+class MoveTemplates(HintedPass):
     """Let a summand bring the constants of the spread that is added to it.
 
     Left alone: a spread or a summand that others read too, a summand in front of which nothing adds numbers to channels,
     one whose bias serves other sites, a sum with a bare spread already.
-
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
     """
-
-    takes_hints = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         if not any(_brings_constants(n) for n in gm.graph.nodes):
             return Plan()
-        values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        values = propagate(gm, self.hints)
         program, edits, taken = Program(gm, values), list[Edit](), set[str]()
         for _, a, b in plain_sums(gm, values):
             if is_bare(gm, a) or is_bare(gm, b):

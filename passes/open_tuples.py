@@ -9,21 +9,19 @@ followed; nothing else changes (theory: Lemma M6).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import fx
 
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Param, Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.ops.join import Concat, Stack
 from srfx.ops.registry import resolve
 from srfx.ops.splitting import Splitting
 from srfx.passes._channels import holds_channels
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 
 @dataclass(frozen=True)
@@ -36,28 +34,20 @@ class OpenTuple(Edit):
 
 
 @register_pass("open-tuples")
-class OpenTuples(Pass):
+class OpenTuples(HintedPass):
     """Turn the tuple that a concatenation or stack takes into a list, where a split of channels makes it.
 
     The axis has to come from the rows of a weight: then there are as many pieces at every call.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: DATA_DEPENDENT when the number of pieces may differ from call to call.
     """
-
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[object] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every tuple, in graph order; propagates shapes only where there is one."""
         plan, found = Plan(), [n for n in gm.graph.nodes if _takes_one(n)]
         if not found:
             return plan
-        program = Program(gm, propagate(gm, self.hints if self.hints is not None else hint_inputs(gm)))
+        program = Program(gm, propagate(gm, self.hints))
         for node in found:
             rule, call = resolve(node, program)
             given = call.bound.get("tensors") if isinstance(rule, (Concat, Stack)) else None

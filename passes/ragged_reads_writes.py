@@ -22,7 +22,7 @@ from srfx.analysis.order import channel_ranks
 from srfx.analysis.weights import class_bytes
 from srfx.ir.clone import clone_graph
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.ops.facts import FactTable
 from srfx.ops.port import port
 from srfx.passes._costed import CostedPass
@@ -78,7 +78,7 @@ class RaggedReadsWrites(CostedPass):
         self.shapes = shapes or {}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
-        values = propagate(gm, self.hints if self.hints is not None else hint_inputs(gm))
+        values = propagate(gm, self.hints)
         facts, sites = analyse(gm, values, self.multiple_of)
         found = Plan()
         ports = _candidates(facts, sites, found)

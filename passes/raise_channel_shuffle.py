@@ -12,9 +12,7 @@ does lose channels becomes an index_select (rule `srfx.ops.shuffle.ChannelShuffl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -24,14 +22,14 @@ from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.effects import op_name
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.lattice.movement import Permute, Regroup, Step, walk
 from srfx.ops.movement import Copy
 from srfx.ops.permute import MoveDim, PermuteAxes, Transpose
 from srfx.ops.registry import resolve
 from srfx.ops.views import Reshaping
 from srfx.passes._channels import holds_channels
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 _COPIES = ("contiguous", "clone")  # of all copies the ones that leave dtype, device and gradients alone
 
@@ -45,30 +43,21 @@ class RaiseShuffle(Edit):
 
 
 @register_pass("raise-channel-shuffle")
-class RaiseChannelShuffle(Pass):
+class RaiseChannelShuffle(HintedPass):
     """Turn view, transpose (or permute), contiguous, view (or reshape, flatten) into torch.channel_shuffle.
 
     Matched is a chain of views, permutations and copies, each read by the next one alone, whose net effect
     is ``arange(C).view(G, C // G).t().flatten()`` along axis 1 and nothing along the others.  Axis 1 has to
     come from the rows of a weight, so that its size is the same at every call.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: CHANNEL_MIXING when the chain permutes axis 1 in another way; MUTATION when storage is written
     in place.
     Source: Zhang et al., ShuffleNet, arXiv 1707.01083, section 3.1.
     """
 
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
-
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every shuffle, in graph order; one that reads another of the same plan waits for the next round."""
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program, barred, plan = Program(gm, propagate(gm, hints)), mutation_barriers(gm), Plan()
+        program, barred, plan = Program(gm, propagate(gm, self.hints)), mutation_barriers(gm), Plan()
         taken: set[fx.Node] = set()
         replaced: set[fx.Node] = set()
         for node in gm.graph.nodes:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,10 +27,10 @@ from srfx.ir.aliases import mutation_barriers
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.passes import _instance_norm
 from srfx.passes._spelled_norm import Named, RaiseNorm, SpelledNorm, raised, root_power
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 aten = torch.ops.aten
 _NATIVE = {
@@ -42,27 +42,20 @@ _NATIVE = {
 
 
 @register_pass("raise-norms")
-class RaiseNorms(Pass):
+class RaiseNorms(HintedPass):
     """Turn native norms and spelled-out RMS and layer norms into layer_norm, group_norm, instance_norm and rms_norm.
 
     What is spelled out has to run over the last axis, which has to be as long as its weight or to come from the rows of
     another one, so that its size is the same at every call.
-
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
 
     Refuses: OTHER_READERS when the statistics of a native norm are read too; UNSUPPORTED_DTYPE when a spelled-out
         norm is computed in less precision than its operand has, or its weight has another dtype; MUTATION when
         storage is written in place.
     """
 
-    takes_hints: ClassVar[bool] = True
-
     def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
-        self._raised: dict[
-            str, fx.Node
-        ] = {}  # by the name of what they replaced: a norm may read another one
+        super().__init__(hints)
+        self._raised: dict[str, fx.Node] = {}  # by what they replaced: a norm may read another one
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every norm, in graph order; propagates shapes only where there is a candidate."""
@@ -71,8 +64,7 @@ class RaiseNorms(Pass):
         plan = Plan()
         if not candidates:
             return plan
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program, barred = Program(gm, propagate(gm, hints)), mutation_barriers(gm)
+        program, barred = Program(gm, propagate(gm, self.hints)), mutation_barriers(gm)
         for node in candidates:
             if node.target in _NATIVE:
                 found = _native(node)

@@ -10,9 +10,8 @@ no part of the scores can be dropped, since the comparison reads them (theory: L
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +20,7 @@ from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.evaluate import evaluate
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param, Program, Value
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.lattice.movement import follow
 from srfx.ops.attention import Product
 from srfx.ops.contraction import Contraction
@@ -29,7 +28,7 @@ from srfx.ops.elementwise import Product as Multiply
 from srfx.ops.elementwise import Sum
 from srfx.ops.movement import Movement
 from srfx.ops.registry import resolve
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 aten = torch.ops.aten
 _SOFTMAX = (aten._softmax.default, aten.softmax.int)
@@ -44,28 +43,19 @@ class RaiseSoftmax(Edit):
 
 
 @register_pass("raise-softmax")
-class RaiseSoftmaxes(Pass):
+class RaiseSoftmaxes(HintedPass):
     """Drop the choice of zeros around a softmax whose rows all have an entry that is not -inf.
 
     That is known of sums, products and contractions of finite values, and of such a sum with a mask that no input decides
     and that leaves something in each row.
-
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
     """
-
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every such choice, in graph order; propagates shapes only where there is a candidate."""
         candidates = [(n, s) for n in gm.graph.nodes if (s := _guarded(n)) is not None]
         if not candidates:
             return Plan()
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program = Program(gm, propagate(gm, hints))
+        program = Program(gm, propagate(gm, self.hints))
         edits = [
             RaiseSoftmax(node.name, softmax.name)
             for node, softmax in candidates

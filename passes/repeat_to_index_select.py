@@ -9,9 +9,9 @@ reads leaves the index, and a head goes when its last copy does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from srfx.ir.call import Call, write_argument
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.lattice.movement import Regroup
 from srfx.ops.attention import Attention
 from srfx.ops.indexing import Indexing
@@ -30,7 +30,7 @@ from srfx.ops.tile import RepeatInterleave
 from srfx.ops.views import Expand, Flatten, Reshaping
 from srfx.passes._channels import holds_channels
 from srfx.passes._fused_axis import node_name
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 aten = torch.ops.aten
 
@@ -70,29 +70,20 @@ class RepeatHeads(Edit):
 
 
 @register_pass("repeat-to-index-select")
-class RepeatToIndexSelect(Pass):
+class RepeatToIndexSelect(HintedPass):
     """Repeat channels by index_select: expand and reshape, repeat_interleave, attention with ``enable_gqa``.
 
     Matched are an expand of one axis of size 1 whose only reader merges it with the axis beside it, and
     repeat_interleave by a number.  scaled_dot_product_attention with ``enable_gqa=True`` gets its keys and
     values repeated before it.  Only axes that come from the rows of a weight are taken: their size is fixed.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: UNTRACKED_AXIS when ``enable_gqa`` repeats heads that do not come from a weight.
     Source: ``repeat_kv`` in transformers; torch.nn.functional.scaled_dot_product_attention.
     """
 
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
-
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every repetition, in graph order."""
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program = Program(gm, propagate(gm, hints))
+        program = Program(gm, propagate(gm, self.hints))
         plan = Plan()
         for node in gm.graph.nodes:
             if not node.op.startswith("call") or not program.is_tensor(node):

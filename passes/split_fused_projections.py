@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.effects import op_name
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
 from srfx.ir.program import Param, Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.lattice.movement import Permute
 from srfx.ops.contraction import Contraction
 from srfx.ops.join import Concat
@@ -31,7 +31,7 @@ from srfx.ops.movement import Movement
 from srfx.ops.registry import resolve
 from srfx.passes._fused_axis import Ends, Pick, Track, Walk
 from srfx.passes._fused_rewrite import PartWriter
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ class _Site:
 
 
 @register_pass("split-fused-projections")
-class SplitFusedProjections(Pass):
+class SplitFusedProjections(HintedPass):
     """Split projections whose rows are told apart only by a view: (3, H, D), (H, 3, D), (G, n + 2, D) ...
 
     The rows are followed from the projection (linear, addmm, convolution, ``x @ W.T``) through views,
@@ -85,27 +85,21 @@ class SplitFusedProjections(Pass):
     Left as they are: splits along the flat axis of the result, which need no change, and parts that come
     together again (rotary halves, gates, boxes), where nothing is won.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Refuses: SHARED_WEIGHT when weight or bias is used elsewhere; OTHER_READERS when the fused value is also
     read whole; COMPUTED_WEIGHT when the weight is no parameter.
     Cost: shapes of all nodes, then O(weights split).
     Source: timm's and torchvision's attention, GPT-NeoX, BLOOM and Falcon in transformers.
     """
 
-    takes_hints: ClassVar[bool] = True
-
     def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
+        super().__init__(hints)
         self._program: Program | None = None
         self._sites: dict[str, _Site] = {}
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every fused projection, in graph order."""
         self._sites = {}
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program = self._program = Program(gm, propagate(gm, hints))
+        program = self._program = Program(gm, propagate(gm, self.hints))
         plan, taken = Plan(), set[str]()
         for node in gm.graph.nodes:
             track = _row_axis(program, node)

@@ -8,9 +8,7 @@ Projections are only split by `split-fused-projections` when their weight is a p
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
@@ -18,11 +16,11 @@ from srfx.ir.attrs import free_path, set_attr
 from srfx.ir.dead_code import remove_dead_nodes
 from srfx.ir.plan import Edit, Plan
 from srfx.ir.program import Param, Program
-from srfx.ir.shapes import hint_inputs, propagate
+from srfx.ir.shapes import propagate
 from srfx.ops.registry import resolve
 from srfx.ops.selection import Narrow
 from srfx.ops.splitting import Splitting, Unbind
-from srfx.passes.base import Pass, register_pass
+from srfx.passes.base import HintedPass, register_pass
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,22 @@ class SplitParameter(Edit):
 
 
 @register_pass("split-parameters")
-class SplitParameters(Pass):
+class SplitParameters(HintedPass):
     """Cut a parameter that is only read in pieces, which follow each other along one axis.
 
     The pieces are those of one split or chunk, or slices; together they are the whole parameter.  One piece is
     one new parameter, trainable as the old one, so that no number is stored twice.  What is read whole anywhere,
     or cut in two ways, is left.
 
-    Args:
-        hints: one example or fake value for each placeholder; None takes metadata or probes.
-
     Source: cross attention of torch.nn.MultiheadAttention as torch.export shows it.
     """
-
-    takes_hints: ClassVar[bool] = True
-
-    def __init__(self, hints: Sequence[Any] | None = None) -> None:
-        self.hints = hints
 
     def plan(self, gm: fx.GraphModule) -> Plan:
         """Every packed parameter, in graph order."""
         packed = [n for n in gm.graph.find_nodes(op="get_attr") if any(_may_cut(u) for u in n.users)]
         if not packed:
             return Plan()
-        hints = self.hints if self.hints is not None else hint_inputs(gm)
-        program = Program(gm, propagate(gm, hints))
+        program = Program(gm, propagate(gm, self.hints))
         plan, taken = Plan(), set[str]()
         for node in packed:
             param = program.value(node)

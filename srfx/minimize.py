@@ -23,6 +23,7 @@ from srfx.ir.surroundings import on_cpu, plain_torch
 from srfx.ir.timing import is_faster, turns_s
 from srfx.passes import (
     PASSES,
+    HintedPass,
     MachineCosts,
     Pass,
     Pipeline,
@@ -285,10 +286,13 @@ def canonicalise(gm: fx.GraphModule, hints: Sequence[Any] | None = None) -> Pipe
         gm: a captured graph.
         hints: one example or fake value for each placeholder, for the passes that need shapes.
     """
-    options = {name: {"hints": hints} if PASSES[name].takes_hints else {} for name in CANONICALISE}
-    steps = [get_pass(name, **options[name]) for name in CANONICALISE]
     on_change = hints.forget if isinstance(hints, SharedHints) else None
-    return Pipeline(steps, on_change=on_change).settle(gm)
+    return Pipeline(_canonical_passes(hints), on_change=on_change).settle(gm)
+
+
+def _canonical_passes(hints: Sequence[Any] | None) -> list[Pass]:
+    hinted = {name for name in CANONICALISE if issubclass(PASSES[name], HintedPass)}
+    return [get_pass(name, hints=hints) if name in hinted else get_pass(name) for name in CANONICALISE]
 
 
 def default_passes(example_inputs: Any = None, *, multiple_of: int = 1) -> list[Pass]:
@@ -315,11 +319,7 @@ def default_passes(example_inputs: Any = None, *, multiple_of: int = 1) -> list[
         torch.Size([2, 4])
     """
     hints = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
-    names = (*CANONICALISE, CompactChannels.name)
-    options: dict[str, dict[str, Any]] = {CompactChannels.name: {"hints": hints, "multiple_of": multiple_of}}
-    for name in CANONICALISE:
-        options[name] = {"hints": hints} if PASSES[name].takes_hints else {}
-    return [get_pass(name, **options[name]) for name in names]
+    return [*_canonical_passes(hints), CompactChannels(hints, multiple_of)]
 
 
 def check_result(

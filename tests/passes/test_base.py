@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from srfx.errors import PlanError
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
-from srfx.passes import PASSES, Pass, Pipeline, get_pass, register_pass
+from srfx.passes import PASSES, HintedPass, Pass, Pipeline, get_pass, register_pass
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,15 @@ def test_names_are_unique_and_known():
     with pytest.raises(PlanError, match=r"no pass is named 'nothing'.*bake-masks"):
         get_pass("nothing")
     assert all(cls.name == name for name, cls in PASSES.items())
+
+
+def test_hints_are_taken_by_the_passes_that_need_shapes():
+    """Whoever runs registered passes hands hints to these, and to no other."""
+    hinted = {name for name, cls in PASSES.items() if issubclass(cls, HintedPass)}
+    assert hinted == {name for name, cls in PASSES.items() if "hints" in inspect.signature(cls).parameters}
+    for name in hinted:
+        assert get_pass(name, hints=[X]).hints == [X]
+        assert get_pass(name).hints is None
 
 
 def test_no_second_copy_under_the_name_passes():
