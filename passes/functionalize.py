@@ -2,6 +2,8 @@
 
 Before: y = x[:, :4]; y.mul_(2); return x + 1
 After:  y = x[:, :4]; y' = y * 2; x' = slice_scatter(x, y', 1, 0, 4); return x' + 1
+
+Exact: the same numbers in the same order (theory: Lemmas W1 to W3).
 """
 
 from __future__ import annotations
@@ -172,7 +174,7 @@ class _Planner:
         )  # fmt: skip
 
     def must_copy(self, node: fx.Node, written: fx.Node, later: list[fx.Node]) -> bool:
-        """Whether a later write (which may have to stay) concerns the tensor written, or one that is copied into it."""
+        """Whether a later write (which may have to stay) concerns the tensor written, or one copied into it (Lemma W2)."""
         if not _is_setitem(node) and not is_fill(node):
             return False
         fields = {m for operand in {written, *node.all_input_nodes} for m in self.classes.members(operand)}
