@@ -170,8 +170,7 @@ class Walk:
         return found
 
     def _of_index(self, user: fx.Node, call: Call, track: Track, path: tuple[Hop, ...]) -> Ends | None:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         parsed = Indexing.parse(call, call.shape(source))
         if parsed is not None and not parsed.steps:
             return self.ends(user, track, (*path, Hop(user, track, track)))
@@ -240,8 +239,7 @@ def _is_plain(call: Call, axis: int) -> bool:
 
 def flat_axes(call: Call) -> tuple[int, ...] | None:
     """Axes that a flatten merges or a squeeze removes, () for unsqueeze; None when not followed."""
-    source = call.value("input")
-    assert source is not None
+    source = call.operand("input")
     rank, node = len(call.shape(source)), call.node
     name = node_name(node)
     dims = [*node.args[1:], *node.kwargs.values()]

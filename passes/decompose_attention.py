@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from srfx.errors import OP_FAILURES
 from srfx.ir.attrs import drop_unused_attributes, get_attr, set_attr
 from srfx.ir.effects import is_torch_function
 from srfx.ir.inline import replace_by_outputs
@@ -254,14 +255,7 @@ def _is_traceable(activation: Any) -> bool:
     operand = fx.Proxy(graph.placeholder("x"), fx.proxy.GraphAppendingTracer(graph))
     try:
         return isinstance(activation(operand), fx.Proxy)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # TraceError too
+    except OP_FAILURES:
         return False
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from srfx.errors import OP_FAILURES
 from srfx.ir.attrs import drop_unused_attributes, free_path, get_attr, set_attr, split_path
 from srfx.ir.effects import is_mutating, is_random, is_torch_function, op_name
 from srfx.ir.plan import Edit, Plan, Reason, Refusal
@@ -35,7 +36,6 @@ _MOVEMENT = frozenset(
 # too.
 _LIKE_ANOTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
 _SMALL = 1 << 16
-_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class _Planner:
                         values[current] = getattr(args[0], str(current.target))(*args[1:], **kwargs)
                     else:
                         values[current] = current.target(*args, **kwargs)  # type: ignore[operator]
-            except _FAILURES:
+            except OP_FAILURES:
                 values[current] = None
         return values[node]
 

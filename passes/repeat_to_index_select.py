@@ -253,8 +253,7 @@ def _interleaved(program: Program, call: Call, rule: RepeatInterleave) -> Iterat
 
 def _grouped(program: Program, call: Call) -> list[RepeatHeads]:
     """Keys and values of fewer heads than queries: [.., H_kv, T, D]."""
-    query = call.value("query")
-    assert query is not None
+    query = call.operand("query")
     n_heads = call.shape(query)[-3]
     repeats = []
     for name in ("key", "value"):

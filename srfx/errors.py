@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+OP_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What torch raises when it is given something that it cannot take (a ``TraceError`` is a ``ValueError``)."""
+
+RUN_FAILURES = (*OP_FAILURES, AssertionError)
+"""What a model may raise on inputs that it is not made for."""
+
 
 class SrfxError(Exception):
     """Base of all errors that srfx raises on purpose; the input model is never changed when one is raised."""

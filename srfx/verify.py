@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from srfx.errors import VerificationError
+from srfx.errors import RUN_FAILURES, VerificationError
 from srfx.ir.capture import capture
 from srfx.ir.double import copy_for_comparison, float64_mode, to_double
 from srfx.ir.generate import Spec, generate
@@ -23,16 +23,6 @@ from srfx.record.record import Record, TensorSpec
 
 EXACT = 1e-9
 """Bound on the float64 error of models that hold float64 weights."""
-
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +122,7 @@ def verify(
             try:
                 truth = _run(double[0], args, named, seed, in_double=True)
                 wanted = _run(native[0], args, named, seed)
-            except _FAILURES as error:
+            except RUN_FAILURES as error:
                 if is_optional:
                     continue
                 if inputs is not None or kwargs:

@@ -20,7 +20,7 @@ from srfx.apply.layers import (
     settings,
 )
 from srfx.apply.outputs import FullRows, full_rows
-from srfx.errors import ApplyError, PlanError, VerificationError
+from srfx.errors import RUN_FAILURES, ApplyError, PlanError, VerificationError
 from srfx.ir.attrs import split_path
 from srfx.ir.generate import generate
 from srfx.record.attach import model_of, record_of
@@ -30,16 +30,6 @@ from srfx.verify import call_arguments, generated_specs, verify
 
 MAX_NAMED = 8
 """How many problems an error names."""
-
-_RUN_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def apply_(module: nn.Module, small: fx.GraphModule, *, inputs: Any = None, kwargs: Any = None) -> nn.Module:
@@ -347,7 +337,7 @@ def _compare(
         )
     try:
         found = verify(small, module, inputs, kwargs=kwargs)
-    except (VerificationError, *_RUN_FAILURES) as error:
+    except (VerificationError, *RUN_FAILURES) as error:
         return f"it cannot run resized ({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})"
     return None if found.ok else f"it computes something else resized ({found})"
 

@@ -16,23 +16,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from srfx.errors import DamagedFileError, FileError, UnsavableError
+from srfx.errors import OP_FAILURES, DamagedFileError, FileError, UnsavableError
 from srfx.files.atomic import replacing
 from srfx.ir.generate import Spec, generate
 from srfx.record.attach import record_of
 from srfx.record.record import TensorSpec
 from srfx.verify import call_arguments
-
-# What torch raises on files of another form, and on graphs that it cannot export.
-_FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-)
 
 
 class FreeSize(NamedTuple):
@@ -61,7 +50,7 @@ def read_program(path: str | os.PathLike[str]) -> ExportedProgram:
     try:
         with _without_log():
             return torch.export.load(path)
-    except _FAILURES as error:
+    except (*OP_FAILURES, zipfile.BadZipFile) as error:
         text = str(error).strip().splitlines()
         raise DamagedFileError(
             f"{path} cannot be read as an exported program ({type(error).__name__}: {text[0] if text else ''}); "
@@ -162,7 +151,7 @@ def _export(
             return torch.export.export(
                 small, args, kwargs, dynamic_shapes=shapes if any(axes) else None, strict=False
             )
-    except (*_FAILURES, torch._dynamo.exc.TorchDynamoException) as error:
+    except (*OP_FAILURES, torch._dynamo.exc.TorchDynamoException) as error:
         text = str(error).strip().splitlines()
         raise UnsavableError(
             f"torch.export cannot export the minimized model: {text[0] if text else error}"

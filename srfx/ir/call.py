@@ -84,6 +84,12 @@ class Call:
                 self._named[name] = None
         return self._named[name]
 
+    def operand(self, name: str) -> Value:
+        """The tensor operand of this name, which has to be there."""
+        value = self.value(name)
+        assert value is not None, f"{self.where}: no tensor operand {name!r}"
+        return value
+
     def as_value(self, raw: Any) -> Value | None:
         """A raw argument as a Value, or None when it is no tensor."""
         if isinstance(raw, fx.Node):

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from srfx.errors import CaptureError, MissingShapesError
+from srfx.errors import RUN_FAILURES, CaptureError, MissingShapesError
 from srfx.ir.attrs import drop_unused_attributes
 from srfx.ir.checks import check_graph, check_tensors
 from srfx.ir.clone import clone_structure, copy_call_hooks
@@ -21,18 +21,7 @@ from srfx.ir.masks import bake_all
 from srfx.ir.shapes import hint_inputs, propagate
 
 # What running the user's forward under a tracer can raise.
-_TRACE_FAILURES = (
-    fx.proxy.TraceError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_TRACE_FAILURES = (*RUN_FAILURES, ImportError, NameError)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,7 @@ class PReLU(Elementwise):
         return labels.unify([(labels.of(x), call.shape(x)), (weight, shape)], rank, call.node.name)
 
     def _operands(self, call: Call) -> tuple[Value, Value]:
-        x, w = call.value("input"), call.value("weight")
-        assert x is not None and w is not None
-        return x, w
+        return call.operand("input"), call.operand("weight")
 
     def _lifted(self, call: Call) -> tuple[int, ...]:
         """The shape of the weight beside the operand."""

@@ -38,9 +38,7 @@ class Product(OpRule):
     signature: tuple[str, ...] = ("input", "other")
 
     def operands(self, call: Call) -> tuple[Value, Value]:
-        a, b = call.value("input"), call.value("other")
-        assert a is not None and b is not None
-        return a, b
+        return call.operand("input"), call.operand("other")
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         a, b = self.operands(call)
@@ -173,14 +171,10 @@ class ProductAndSum(Product):
     """baddbmm: y = beta x + alpha a b."""
 
     def operands(self, call: Call) -> tuple[Value, Value]:
-        a, b = call.value("batch1"), call.value("batch2")
-        assert a is not None and b is not None
-        return a, b
+        return call.operand("batch1"), call.operand("batch2")
 
     def _summand(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         product, x = super().label(call, labels), self._summand(call)
@@ -228,9 +222,7 @@ class Attention(OpRule):
     signature: tuple[str, ...] = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
     def operands(self, call: Call) -> tuple[Value, Value, Value]:
-        q, k, v = (call.value(name) for name in ("query", "key", "value"))
-        assert q is not None and k is not None and v is not None
-        return q, k, v
+        return call.operand("query"), call.operand("key"), call.operand("value")
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         if call.get("enable_gqa"):

@@ -61,14 +61,10 @@ class ContractionCall(OpRule):
 
     # -------------------------------------------------------------- operands
     def x(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def w(self, call: Call) -> Value:
-        value = call.value("weight")
-        assert value is not None
-        return value
+        return call.operand("weight")
 
     def refused(self, call: Call) -> Reason | None:
         """Why this call is a barrier, if it is one: its weight is no plain finite float tensor."""

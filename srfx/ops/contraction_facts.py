@@ -92,12 +92,7 @@ class ContractionFacts(ContractionCall):
         self._label_bias(call, labels, rows)
         shape = [1] * len(call.out_shape)
         shape[axis] = rows.numel()
-        kept = {a: f for a, f in fields.items() if a != axis}
-        for a, f in kept.items():
-            if f.shape[axis] > 1:
-                labels.table.tie(f, f.narrow(axis, 0, 1))
-                kept[a] = f.narrow(axis, 0, 1)
-        return {**kept, axis: rows.view(shape)}
+        return {**labels.even(fields, axis), axis: rows.view(shape)}
 
     def outer(self, call: Call, labels: Labeller) -> Fields:
         """Fields of the operand that the op can follow; subclasses pin the rest."""

@@ -25,9 +25,7 @@ class BetweenVectors(OpRule):
     signature: tuple[str, ...] = ("x1", "x2", "dim")
 
     def operands(self, call: Call) -> tuple[Value, Value]:
-        a, b = call.value("x1"), call.value("x2")
-        assert a is not None and b is not None
-        return a, b
+        return call.operand("x1"), call.operand("x2")
 
     def ranks(self, call: Call) -> int:
         """The common rank of the operands."""

@@ -31,9 +31,7 @@ class Embedding(OpRule):
         return True
 
     def weight(self, call: Call) -> Value:
-        value = call.value("weight")
-        assert value is not None
-        return value
+        return call.operand("weight")
 
     def is_followed(self, call: Call) -> bool:
         return (

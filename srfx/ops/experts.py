@@ -35,9 +35,7 @@ class GroupedProduct(OpRule):
 
     def operands(self, call: Call) -> tuple[Value, Value]:
         """X and W."""
-        x, w = call.value("input"), call.value("weight")
-        assert x is not None and w is not None
-        return x, w
+        return call.operand("input"), call.operand("weight")
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
         (x, w), site = self.operands(call), call.node.name

@@ -72,6 +72,15 @@ class Labeller:
             if axis in fields:
                 self.table.pin(fields[axis], site, reason.name)
 
+    def even(self, fields: Fields, axis: int) -> Fields:
+        """The fields with one size for all positions of an axis: labels of other axes that differ along it are tied."""
+        found = dict(fields)
+        for a, f in fields.items():
+            if a != axis and f.shape[axis] > 1:
+                found[a] = f.narrow(axis, 0, 1)
+                self.table.tie(f, found[a])
+        return found
+
     def unify(self, operands: list[tuple[Fields, Shape]], rank: int, site: str) -> Fields:
         """Tie operands that broadcast against each other, right-aligned; returns the fields of the result.
 

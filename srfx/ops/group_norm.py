@@ -38,9 +38,7 @@ class GroupNorm(OpRule):
     signature: tuple[str, ...] = ("input", "num_groups", "weight", "bias", "eps")
 
     def x(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def groups(self, call: Call) -> Tensor:
         """Group of each channel, [C]."""

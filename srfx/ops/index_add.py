@@ -46,10 +46,7 @@ class IndexAdd(OpRule):
 
     def operands(self, call: Call) -> tuple[Value, Value]:
         """The wide and the narrow summand."""
-        x, y = call.value("input"), call.value("source")
-        assert x is not None
-        assert y is not None
-        return x, y
+        return call.operand("input"), call.operand("source")
 
     def axis(self, call: Call) -> int:
         dim: int = call["dim"]

@@ -42,8 +42,21 @@ class Linear(Contraction):
         return self.module_widths(call, facts, "in_features", "out_features")
 
 
+class _RowsLast(Contraction):
+    """The weight is stored as W [C_in, C_out]."""
+
+    def row_axis(self, call: Call) -> int:
+        return 1
+
+    def matrix(self, call: Call, weight: Tensor) -> Tensor:
+        return weight.t().unsqueeze(0).unsqueeze(-1)
+
+    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
+        return m[0].t()
+
+
 @op_rule((aten.addmm.default, "bias input weight beta alpha"), (torch.addmm, "bias input weight beta alpha"))
-class Addmm(Contraction):
+class Addmm(_RowsLast):
     """y = b + x W.  x [N, C_in], W [C_in, C_out], b [C_out]; scaled forms are barriers."""
 
     is_overwritable = True
@@ -59,17 +72,8 @@ class Addmm(Contraction):
     def channel_axis(self, call: Call) -> int:
         return len(call.shape(self.x(call))) - 1
 
-    def row_axis(self, call: Call) -> int:
-        return 1
 
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.t().unsqueeze(0).unsqueeze(-1)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        return m[0].t()
-
-
-class MatmulWithParameter(Linear):
+class MatmulWithParameter(_RowsLast, Linear):
     """y = x W with a parameter W [C_in, C_out]: the bias, where folding needs one, is added behind (theory: Lemma L6)."""
 
     signature: tuple[str, ...] = ("input", "weight")
@@ -79,15 +83,6 @@ class MatmulWithParameter(Linear):
         if w is None or len(call.shape(w)) != 2:
             return Reason.UNKNOWN_OP
         return super().refused(call)
-
-    def row_axis(self, call: Call) -> int:
-        return 1
-
-    def matrix(self, call: Call, weight: Tensor) -> Tensor:
-        return weight.t().unsqueeze(0).unsqueeze(-1)
-
-    def unmatrix(self, call: Call, m: Tensor, weight: Tensor) -> Tensor:
-        return m[0].t()
 
     takes_statistics = False
     adds_statistics = False

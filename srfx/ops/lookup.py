@@ -123,14 +123,7 @@ class Gather(OpRule):
 
 def _without(fields: Fields, axis: int, labels: Labeller) -> Fields:
     """The other axes' fields; labels that differ along the axis have to agree."""
-    found: Fields = {}
-    for a, f in fields.items():
-        if a == axis:
-            continue
-        if f.shape[axis] > 1:
-            labels.table.tie(f, f.narrow(axis, 0, 1))
-        found[a] = f.narrow(axis, 0, 1)
-    return found
+    return {a: f for a, f in labels.even(fields, axis).items() if a != axis}
 
 
 class Lookup(OpRule):
@@ -160,9 +153,7 @@ class Lookup(OpRule):
         return hint.dtype in _POSITIONS and hint.dtype != torch.uint8
 
     def _source(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def _site(self, call: Call) -> tuple[list[int], list[Value], int]:
         """The axes, the tensors of positions, and how many axes take their place."""

@@ -45,9 +45,7 @@ class Movement(OpRule):
         return 0.0
 
     def source(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None, f"{call.where}: no tensor operand"
-        return value
+        return call.operand("input")
 
     why_dynamic = Reason.DATA_DEPENDENT
     """The reason for which dynamic axes stay."""

@@ -38,9 +38,7 @@ class NormFacts(OpRule):
         return True
 
     def x(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def axes(self, call: Call) -> list[int]:
         rank, shape = len(call.shape(self.x(call))), call.get("normalized_shape")

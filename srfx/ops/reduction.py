@@ -40,9 +40,7 @@ class Reduction(OpRule):
         return True
 
     def source(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def dims(self, call: Call) -> list[int]:
         rank, dim = len(call.shape(self.source(call))), call.get("dim")
@@ -251,21 +249,15 @@ class AlongOne(OpRule):
     default_dim: int | None = None
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         axis = self.axis(call)
         labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
-        fields = dict(labels.of(source))
-        for a, f in fields.items():
-            if f.shape[axis] > 1 and a != axis:
-                labels.table.tie(f, f.narrow(axis, 0, 1))
-                fields[a] = f.narrow(axis, 0, 1)
+        fields = labels.even(labels.of(source), axis)
         return tuple(fields for _ in call.output) if isinstance(call.output, (tuple, list)) else fields
 
     def axis(self, call: Call) -> int:
         dim = call.get("dim")
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         rank = len(call.shape(source))
         if not isinstance(dim, int):
             dim = self.default_dim
@@ -274,16 +266,14 @@ class AlongOne(OpRule):
         return _axis(dim, rank)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy | tuple[Constancy, ...]:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         first = of_known(call, facts, source, [self.axis(call)], Constancy.top(len(call.shape(source))))
         if isinstance(call.output, (tuple, list)):  # positions: not followed
             return (first, *(Constancy.top(o.dim()) for o in call.output[1:]))
         return first
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         if isinstance(live, tuple):
             live = functools.reduce(torch.logical_or, [part for part in live if part is not None])
         facts.refuse_constants(call.node, source, [self.axis(call)], Reason.CHANNEL_MIXING)
@@ -307,15 +297,13 @@ class GLU(OpRule):
     signature: tuple[str, ...] = ("input", "dim")
 
     def _halves(self, call: Call, t: Tensor) -> tuple[Tensor, Tensor]:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         axis = _axis(call.get("dim", -1), len(call.out_shape))
         half = call.shape(source)[axis] // 2
         return (t, t) if t.shape[axis] == 1 else (t.narrow(axis, 0, half), t.narrow(axis, half, half))
 
     def label(self, call: Call, labels: Labeller) -> Fields:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         found: Fields = {}
         for axis, f in labels.of(source).items():
             a, b = self._halves(call, f)
@@ -324,8 +312,7 @@ class GLU(OpRule):
         return found
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         c = facts.constancy(source)
         (va, vb), (a, b) = self._halves(call, c.varies), self._halves(call, c.value.double())
         zero = ~va & (a == 0)
@@ -333,8 +320,7 @@ class GLU(OpRule):
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
-        source = call.value("input")
-        assert source is not None
+        source = call.operand("input")
         axis = _axis(call.get("dim", -1), len(call.out_shape))
         layout = facts.layout(source)
         wanted = torch.cat([live, live], axis) if live.shape[axis] > 1 or layout[axis] == 2 else live

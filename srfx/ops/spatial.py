@@ -38,9 +38,7 @@ class PerChannel(OpRule):
         return True
 
     def source(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def first_spatial(self, call: Call) -> int:
         """The first of the axes that are mixed."""

@@ -44,9 +44,7 @@ class Splitting(OpRule):
         return _axis(call.get("dim", 0), len(call.shape(self.source(call))))
 
     def source(self, call: Call) -> Value:
-        value = call.value("input")
-        assert value is not None
-        return value
+        return call.operand("input")
 
     def steps(self, call: Call) -> list[list[Step]]:
         axis, extent = self.axis(call), call.shape(self.source(call))[self.axis(call)]

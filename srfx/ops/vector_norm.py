@@ -8,7 +8,6 @@ from torch import Tensor
 
 from srfx.ir.call import Call
 from srfx.ir.plan import Reason
-from srfx.ir.program import Value
 from srfx.lattice.constancy import Constancy
 from srfx.lattice.movement import Fields
 from srfx.ops.facts import Demand, FactTable, Labeller, Live
@@ -75,27 +74,17 @@ class Normalize(OpRule):
     signature: tuple[str, ...] = ("input", "p", "dim")
     along = AlongOne()
 
-    def _source(self, call: Call) -> Value:
-        source = call.value("input")
-        assert source is not None
-        return source
-
     def axis(self, call: Call) -> int:
         return _axis(call.get("dim", 1), len(call.out_shape))
 
     def label(self, call: Call, labels: Labeller) -> Fields | tuple[Fields, ...]:
-        source, axis = self._source(call), self.axis(call)
+        source, axis = call.operand("input"), self.axis(call)
         if not _counts_no_zeros(call):
             labels.pin(source, call.node.name, Reason.CHANNEL_MIXING, [axis])
-        fields = dict(labels.of(source))
-        for a, f in fields.items():
-            if f.shape[axis] > 1 and a != axis:
-                labels.table.tie(f, f.narrow(axis, 0, 1))
-                fields[a] = f.narrow(axis, 0, 1)
-        return fields
+        return labels.even(labels.of(source), axis)
 
     def forward(self, call: Call, facts: FactTable) -> Constancy:
-        source = self._source(call)
+        source = call.operand("input")
         zero = facts.constancy(source).is_constant(0).cpu()
         found = Constancy(~zero, torch.zeros_like(zero, dtype=torch.float64))
         if not _counts_no_zeros(call):
@@ -104,7 +93,7 @@ class Normalize(OpRule):
 
     def backward(self, call: Call, live: Live, facts: FactTable) -> Demand:
         assert isinstance(live, Tensor)
-        source, axis = self._source(call), self.axis(call)
+        source, axis = call.operand("input"), self.axis(call)
         layout = torch.ones(facts.layout(source), dtype=torch.bool)
         rows = live.any(axis, keepdim=True) & layout
         if not _counts_no_zeros(call):

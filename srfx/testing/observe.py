@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from srfx.errors import RUN_FAILURES
 from srfx.ir.attrs import get_attr
 from srfx.ir.double import float64_default, float64_mode, to_double, writes_dtypes
 from srfx.ir.generate import Spec, generate
@@ -19,15 +20,6 @@ from srfx.testing.resample import Resampler
 TOLERANCE = 1e-9
 """Relative difference in float64 below which two numbers count as one."""
 
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _MAX_TRIALS = 300
 _WIDTHS = (1.0, 4.0, 0.3)
 
@@ -127,7 +119,7 @@ class Observer:
         try:
             with self._mode(), torch.set_grad_enabled(watcher.gradients is not None):
                 output = watcher.start(values)
-        except _FAILURES:
+        except RUN_FAILURES:
             return None
         return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
 
