@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -132,45 +132,43 @@ def compensated_layer_norm(
             outputs=outputs,
         )
         return traced
+    of = _known_population if is_eager() else _population
+    population = of(tuple(normalized_shape), n_total, removed_mean, removed_m2, eps, tuple(emits), emit_shift)
+    kept_shape = population.kept_shape
+    if x.shape[-len(kept_shape) :] != kept_shape:
+        raise ValueError(
+            f"compensated_layer_norm: x must end in normalized_shape {list(kept_shape)}, got {list(x.shape)}"
+        )
+    if outputs is not None and len(kept_shape) != 1:
+        raise ValueError(f"compensated_layer_norm: outputs need one normalised axis, got {list(kept_shape)}")
+    return normalise(x, weight, bias, population, outputs)
+
+
+def _population(
+    kept_shape: tuple[int, ...],
+    n_total: int,
+    mean: float,
+    m2: float,
+    eps: float,
+    emits: tuple[str, ...],
+    shift: float,
+) -> Population:
+    """The numbers of a call, checked."""
     names = ordered_emits(emits)
-    kept_shape = tuple(normalized_shape)
-    if x.shape[-len(kept_shape) :] != kept_shape or not 0 < math.prod(kept_shape) <= n_total:
+    if not 0 < math.prod(kept_shape) <= n_total:
         raise ValueError(
-            f"compensated_layer_norm: x must end in normalized_shape {list(kept_shape)}, at most {n_total} "
-            f"elements, got {list(x.shape)}"
+            f"compensated_layer_norm: normalized_shape {list(kept_shape)} must have 1 to {n_total} elements"
         )
-    if (names or outputs is not None) and len(kept_shape) != 1:
+    if names and len(kept_shape) != 1:
         raise ValueError(
-            f"compensated_layer_norm: emits {names} and outputs need one normalised axis, got {kept_shape}"
+            f"compensated_layer_norm: emits {names} need one normalised axis, got {list(kept_shape)}"
         )
-    population = Population(kept_shape, n_total, removed_mean, removed_m2, eps, names, emit_shift)
-    if outputs is None:
-        return normalise(x, weight, bias, population)
-    xs = x.to(statistics_dtype(x.dtype))
-    if n_total == x.shape[-1] and not names:  # nothing was removed: the native kernel does
-        ones, zeros = xs.new_ones(kept_shape), xs.new_zeros(kept_shape)  # faster than without on CPU
-        y = F.layer_norm(xs, kept_shape, ones, zeros, eps)
-    else:
-        y = normalise(xs, None, None, population)
-    return _selected(y, len(names), outputs, weight, bias).to(x.dtype)
+    return Population(kept_shape, n_total, mean, m2, eps, names, shift)
 
 
-def _selected(
-    y: Tensor, n_emitted: int, outputs: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Channels ``outputs`` of what is normalised, scaled and shifted, and what is emitted behind them."""
-    chosen = select(y, -1, outputs)
-    if weight is not None:
-        scale = weight.to(y.dtype)
-        # its memory is at hand, and nobody else's; a fresh tensor costs page faults
-        out = chosen if is_eager() and not torch.is_grad_enabled() else None
-        shift = None if bias is None else bias.to(y.dtype)
-        chosen = (
-            torch.mul(chosen, scale, out=out)
-            if shift is None
-            else torch.addcmul(shift, chosen, scale, out=out)
-        )
-    return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
+_known_population = lru_cache(maxsize=4096)(
+    _population
+)  # Dynamo warns of caches, so only eager calls go this way
 
 
 def compensated_rms_norm(

@@ -10,18 +10,23 @@ Every term of var_C is non-negative: nothing cancels. The quick form runs the na
 M2/C)/k, which gives xhat, mean and rstd, and corrects by rank one (lemma 2; again nothing is subtracted to
 get var back from rstd):
 
-    t = D rstd         q = 1/sqrt(k + k d t^2)        (x - mu) r = q (xhat - d t)        r = q rstd
+    t = sqrt(k d) D rstd         q = 1/sqrt(k + t^2)         (x - mu) r = q (xhat - sqrt(d/k) t)         r = q rstd
+
+On few tokens an op takes as long as it takes to call it, so these are as few as we know: five behind the kernel.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from srfx.nn.selection import select
 
 # Below this the native kernel's rstd can overflow when squared (all kept values equal), and eps' = 0 gives
 # inf outright.
@@ -32,9 +37,9 @@ _is_exporting = getattr(
 )  # torch < 2.7 has no is_exporting
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Population:
-    """The numbers of one call: sizes, removed constants, and what is emitted.
+    """The numbers of one call: sizes, removed constants, and what is emitted; nobody changes them.
 
     Args:
         kept_shape: sizes of the normalised trailing axes as they are now.
@@ -44,6 +49,13 @@ class Population:
         eps: of the original layer.
         emits: subset of ("r", "mu_r", "one"), in this order.
         shift: c of the emitted (mu - c) r.
+
+    Attributes:
+        kept_share: k = K/C.
+        removed_share: d = (C - K)/C.
+        floor: what the variance is at least, eps + M2/C.
+        native_eps: floor/k, for the kernel that sees the kept channels alone.
+        lean, slope: sqrt(k d) and sqrt(d/k), of the correction.
     """
 
     kept_shape: tuple[int, ...]
@@ -53,21 +65,20 @@ class Population:
     eps: float
     emits: tuple[str, ...]
     shift: float
+    kept_share: float = field(init=False)
+    removed_share: float = field(init=False)
+    floor: float = field(init=False)
+    native_eps: float = field(init=False)
+    lean: float = field(init=False)
+    slope: float = field(init=False)
 
-    @property
-    def kept_share(self) -> float:
-        """K/C."""
-        return math.prod(self.kept_shape) / self.n_total
-
-    @property
-    def removed_share(self) -> float:
-        """(C - K)/C."""
-        return (self.n_total - math.prod(self.kept_shape)) / self.n_total
-
-    @property
-    def floor(self) -> float:
-        """What the variance is at least: eps + M2/C."""
-        return self.eps + self.m2 / self.n_total
+    def __post_init__(self) -> None:
+        n_kept = math.prod(self.kept_shape)
+        self.kept_share = k = n_kept / self.n_total
+        self.removed_share = d = (self.n_total - n_kept) / self.n_total
+        self.floor = self.eps + self.m2 / self.n_total
+        self.native_eps = self.floor / k
+        self.lean, self.slope = math.sqrt(k * d), math.sqrt(d / k)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,24 +87,54 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_eager() -> bool:
-    """Whether ops run as they are called: nothing traces, transforms or differentiates them forward."""
+    """Whether ops run as they are called: nothing traces, watches, transforms or differentiates them forward."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
 
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
-    """Pick the form: plain where the call is traced or transformed, quick in eager mode."""
-    if not is_eager() or p.floor / p.kept_share < _SMALLEST_NATIVE_EPS:
-        return normalise_plain(x, weight, bias, p)
+@lru_cache(maxsize=4096)
+def _filled(value: float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one number that nobody writes: to make it anew costs what the arithmetic on few tokens does."""
+    with torch.inference_mode(False):
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population, outputs: Tensor | None = None
+) -> Tensor:
+    """Pick the form: plain where the call is traced or transformed, quick in eager mode.
+
+    Shapes: x [..., *kept_shape]; weight, bias kept_shape -> [..., *kept_shape], the last axis longer by
+    len(emits).  With outputs [M] of one normalised axis: weight, bias [M] -> [..., M + len(emits)].
+    """
+    is_quick = is_eager() and p.native_eps >= _SMALLEST_NATIVE_EPS
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if needs_grad:
+    if is_quick and not needs_grad:
+        return _normalise_quick(x, weight, bias, p, outputs)[0]
+    if outputs is not None:
+        xs = x.to(statistics_dtype(x.dtype))
+        return _selected(normalise(xs, None, None, p), len(p.emits), outputs, weight, bias).to(x.dtype)
+    if is_quick:
         out: Tensor = _QuickForm.apply(x, weight, bias, p)  # type: ignore[no-untyped-call, unused-ignore]
         return out
-    return _normalise_quick(x, weight, bias, p)[0]
+    return normalise_plain(x, weight, bias, p)
+
+
+def _selected(
+    y: Tensor, n_emitted: int, outputs: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Channels ``outputs`` of what is normalised, scaled and shifted, and what is emitted behind them."""
+    chosen = select(y, -1, outputs)
+    if weight is not None:
+        chosen = chosen * weight.to(y.dtype)
+    if bias is not None:
+        chosen = chosen + bias.to(y.dtype)
+    return torch.cat([chosen, y[..., y.shape[-1] - n_emitted :]], -1) if n_emitted else chosen
 
 
 def normalise_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
@@ -140,50 +181,65 @@ def _emitted(p: Population, r: Tensor, delta: Tensor) -> list[Tensor]:
 
 
 def _normalise_quick(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population, outputs: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Native kernel and rank-one correction; not differentiable (native mean and rstd carry no gradient).
 
-    Returns: y, and in the dtype of the statistics q, rstd and D = m - mean [..., 1 per normalised axis].
+    Returns: y, and in the dtype of the statistics q (None if nothing is removed: 1), rstd and mean - m
+        [..., 1 per normalised axis].
     """
-    stat = statistics_dtype(x.dtype)
-    xs = x.to(stat)
-    shape = list(p.kept_shape)
-    # On CPU the native kernel without weight and bias is 1.7 times slower than with them.
-    scale = xs.new_ones(shape) if weight is None else weight.to(stat)
-    k, d = p.kept_share, p.removed_share
-    z, mean, rstd = torch.native_layer_norm(xs, shape, scale, xs.new_zeros(shape), p.floor / k)
-    delta = p.mean - mean
-    t = delta * rstd
-    q = (t * t).mul_(k * d).add_(k).rsqrt_()
-    z.addcmul_(t, scale, value=-d)
-    n_last = p.kept_shape[-1]
-    if p.emits or x.dtype != stat:
-        out = x.new_empty([*x.shape[:-1], n_last + len(p.emits)])
-        y = out[..., :n_last]
-    else:
-        out = y = z  # its memory is at hand; a fresh tensor costs page faults
-    if bias is None:
-        torch.mul(z, q, out=y)
-    else:
-        torch.addcmul(bias.to(stat), z, q, out=y)
+    stat, device, shape = statistics_dtype(x.dtype), x.device, p.kept_shape
+    xs = x if x.dtype == stat else x.to(stat)
+    scale = weight if weight is None or weight.dtype == stat else weight.to(stat)
+    bias = bias if bias is None or bias.dtype == stat else bias.to(stat)
+    # On CPU the native kernel without weight and bias is slower than with them.
+    first = _filled(1.0, shape, stat, device) if scale is None or outputs is not None else scale
+    z, mean, rstd = torch.native_layer_norm(xs, shape, first, _filled(0.0, shape, stat, device), p.native_eps)
+    z, scale = (z, None) if outputs is None else (select(z, -1, outputs), scale)
+    offset = mean - p.mean if p.mean else mean
+    t, q = None, None
+    if p.removed_share:
+        t = torch.addcmul(_filled(0.0, (), stat, device), offset, rstd, value=-p.lean)
+        q = torch.addcmul(_filled(p.kept_share, (), stat, device), t, t).rsqrt_()
+        z = z.addcmul_(t, first, value=-p.slope) if outputs is None else z.sub_(t, alpha=p.slope)
+    if not p.emits and x.dtype == stat:
+        return _write(z, scale, q, bias, z), q, rstd, offset  # its memory is at hand: no page faults
+    n_last = z.shape[-1]
+    out = x.new_empty((*x.shape[:-1], n_last + len(p.emits)))
+    _write(z, scale, q, bias, out.narrow(-1, 0, n_last))
     if p.emits:
-        _emit(p, q * rstd, delta, out[..., n_last:])
-    return out, q, rstd, delta
+        _emit(p, t, q, rstd, offset, out.narrow(-1, n_last, len(p.emits)))
+    return out, q, rstd, offset
 
 
-def _emit(p: Population, r: Tensor, delta: Tensor, out: Tensor) -> None:
+def _write(z: Tensor, scale: Tensor | None, q: Tensor | None, shift: Tensor | None, out: Tensor) -> Tensor:
+    """``z scale q + shift`` into ``out``; what is None does nothing.  z may be overwritten."""
+    if scale is not None and q is not None:
+        z, scale = z.mul_(scale), None
+    factor = q if scale is None else scale
+    if factor is not None:
+        return torch.mul(z, factor, out=out) if shift is None else torch.addcmul(shift, z, factor, out=out)
+    if shift is not None:
+        return torch.add(z, shift, out=out)
+    return z if out is z else out.copy_(z)
+
+
+def _emit(
+    p: Population, t: Tensor | None, q: Tensor | None, rstd: Tensor, offset: Tensor, out: Tensor
+) -> None:
     """Write the numbers of `_emitted` into ``out`` [..., len(emits)], which may have another dtype."""
-    for offset, name in enumerate(p.emits):
-        place = out.narrow(-1, offset, 1)
+    for position, name in enumerate(p.emits):
+        place = out if len(p.emits) == 1 else out.narrow(-1, position, 1)
         if name == "r":
-            place.copy_(r)
+            _write(rstd, None, q, None, place)
         elif name == "one":
             place.fill_(1)
-        elif p.mean == p.shift:
-            torch.mul(delta * -p.kept_share, r, out=place)
+        elif t is not None and q is not None and p.mean == p.shift:  # (mu - m) r = k (mean - m) rstd q
+            zero = _filled(0.0, (), t.dtype, t.device)
+            torch.addcmul(zero, t, q, value=-p.kept_share / p.lean, out=place)
         else:
-            torch.mul((delta * -p.kept_share).add_(p.mean - p.shift), r, out=place)
+            centre = (offset * p.kept_share).add_(p.mean - p.shift)
+            _write(centre, rstd, q, None, place)
 
 
 class _QuickForm(torch.autograd.Function):
@@ -196,8 +252,8 @@ class _QuickForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, p: Population) -> Tensor:
-        out, q, rstd, delta = _normalise_quick(x, weight, bias, p)
-        ctx.save_for_backward(x, weight, bias, q * rstd, delta)
+        out, q, rstd, offset = _normalise_quick(x, weight, bias, p)
+        ctx.save_for_backward(x, weight, bias, rstd if q is None else rstd * q, -offset)
         ctx.population = p
         return out
 
