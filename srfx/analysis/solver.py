@@ -109,8 +109,9 @@ def _sustained(facts: FactTable, found: list[Site]) -> Tensor:
 def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
     """For every norm that loses channels: which statistics its readers need, and where these travel.
 
-    They take the places of removed channels.  When a place turns out to be kept, or there are not more removed
-    channels than statistics, the choice is made again; each round keeps more, so this ends.
+    They take the places of removed channels.  When a place turns out to be kept, or there are fewer removed channels
+    than statistics (and a new bias, if some reader needs one), the choice is made again; each round keeps more, so
+    this ends.
     """
     readers: dict[fx.Node, list[tuple[Site, Tensor]]] = {}
     for site in found:
@@ -120,7 +121,7 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
     again = False
     for site in found:
         if isinstance(site.rule, LayerNorm):
-            gone, names = torch.zeros(0, dtype=torch.bool), set[str]()
+            gone, names, makes_bias = torch.zeros(0, dtype=torch.bool), set[str](), False
             if site.node in readers:
                 gone = torch.stack([part for _, part in readers[site.node]]).any(0)
                 site.rule.choose_shift(site.call, facts, gone)
@@ -131,7 +132,8 @@ def _choose_emitted(facts: FactTable, found: list[Site]) -> bool:
                     again = True
                     continue
                 names |= reader.rule.statistics(reader.call, facts, part)
-            again = site.rule.place(site.call, facts, names, gone) or again
+                makes_bias |= reader.rule.makes_bias(reader.call, facts, part)
+            again = site.rule.place(site.call, facts, names, gone, makes_bias) or again
     return again
 
 

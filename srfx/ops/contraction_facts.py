@@ -324,16 +324,28 @@ class ContractionFacts(ContractionCall):
 
     def statistics(self, call: Call, facts: FactTable, gone: Tensor) -> set[str]:
         """Names of the statistics that take the place of the channels ``gone`` [C] here."""
+        needed = self._needed(call, facts, gone)
+        return needed if self._carries_one(call, facts) else needed - {"one"}
+
+    def makes_bias(self, call: Call, facts: FactTable, gone: Tensor) -> bool:
+        """Whether a call without bias gets one for the channels ``gone`` [C]: a column's worth of numbers."""
+        if call.value("bias") is not None or self.is_bound(call) or self._carries_one(call, facts):
+            return False
+        return "one" in self._needed(call, facts, gone)
+
+    def _carries_one(self, call: Call, facts: FactTable) -> bool:
+        """Whether the constant part of a norm's channels is a channel, as no bias can hold it at a border."""
+        affine = self.known(call, facts).affine
+        assert affine is not None
+        return affine.bordered or self.has_border(call)
+
+    def _needed(self, call: Call, facts: FactTable, gone: Tensor) -> set[str]:
+        """Names in whose terms the live rows take the channels ``gone`` [C]."""
         affine = self.known(call, facts).affine
         assert affine is not None
         rows = self._rows_by_group(call, facts.liveness(call.node)).flatten(0, -2).any(0)
         columns = self._combine(call, gone, affine, facts)
-        needed = {
-            name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())
-        }
-        if not (affine.bordered or self.has_border(call)):
-            needed.discard("one")
-        return needed
+        return {name for name, column in zip(EMITS, columns, strict=True) if bool((column[rows] != 0).any())}
 
     def _combine(self, call: Call, gone: Tensor, affine: Affine, facts: FactTable) -> Tensor:
         """Sum over removed channels of W[:, d, taps] times their coefficients, [3, R, taps], float64."""

@@ -331,8 +331,14 @@ class NormFacts(OpRule):
         assert affine is not None
         facts.shifts[call.node] = self.shift(call, affine.value[gone])
 
-    def place(self, call: Call, facts: FactTable, names: set[str], gone: Tensor) -> bool:
-        """Choose where the statistics in ``names`` travel; True when the choice is new."""
+    def place(
+        self, call: Call, facts: FactTable, names: set[str], gone: Tensor, makes_bias: bool = False
+    ) -> bool:
+        """Choose where the statistics in ``names`` travel; True when the choice is new.
+
+        Readers lose a column for each channel that goes, and get one for each new statistic, and a bias if
+        ``makes_bias``: no channel goes where that is more (theory: Lemma N6).
+        """
         if not self.is_open(call, facts.labeller) or call.node in facts.closed:
             return False
         axis, width = len(call.out_shape) - 1, self.outputs(call).numel()
@@ -347,8 +353,9 @@ class NormFacts(OpRule):
             return False
         new = [name for name in EMITS if name in names and name not in places]
         free = (gone[:width] & ~stays).nonzero().flatten().tolist() if gone.numel() else []
-        if len(free) < len(new):
-            facts.refuse(call.node, Reason.GROWS, f"{len(new)} statistics would replace {len(free)} channels")
+        if len(free) < len(new) + makes_bias:
+            added = f"statistics {new}{' and a bias' * makes_bias}"
+            facts.refuse(call.node, Reason.GROWS, f"{added} would replace {len(free)} of the channels")
             facts.closed.add(call.node)
             new = []
         facts.emitted[call.node] = {**places, **dict(zip(new, free, strict=False))}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import srfx
+from srfx.ir.plan import Reason
 from tests.helpers import check, randomized, relative_error
 from tests.snapshots import trace
 
@@ -78,3 +79,32 @@ def test_exported_and_saved(name: str, tmp_path) -> None:  # type: ignore[no-unt
     exported = torch.export.export(small, (x,)).module()
     for found in (srfx.load(tmp_path / "small.srfx"), exported, srfx.minimize(exported, x)):
         assert relative_error(net(x), found(x)) < 1e-9
+
+
+class BiasFree(nn.Module):
+    """Two readers without bias of a norm over a stream that keeps its width in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.up, self.gate = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x))
+        return self.up(y) * torch.tanh(self.gate(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("n_dead", "n_kept"), [(1, 8), (2, 6), (3, 5)])
+def test_a_new_bias_counts_as_a_column(n_dead: int, n_kept: int) -> None:
+    net = randomized(BiasFree()).double()
+    with torch.no_grad():
+        net.stem.weight[:n_dead] = 0
+        net.stem.bias[:n_dead] = 0  # (0 - mu) r gamma + beta: one statistic, and a constant
+    x = torch.randn(4, 5, dtype=torch.float64)
+    small = srfx.minimize(trace(net, (x,), "symbolic"), x)
+    assert small.get_parameter("stem.weight").shape == (n_kept, 5)
+    assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in net.parameters())
+    assert relative_error(net(x), small(x)) <= 1e-9
+    refused = {r.detail for r in srfx.plan(small).refusals if r.reason == Reason.GROWS.name}
+    wanted = {"statistics ['mu_r'] and a bias would replace 1 of the channels"} if n_dead == 1 else set()
+    assert refused == wanted
