@@ -22,6 +22,11 @@ NORM = (
     OPS + "norm_streams.py",
     "tests/property/test_norm_stacks.py",
 )
+NORM_FORMS = (
+    "tests/srfx/nn/test_layer_norm_forms.py",
+    "tests/srfx/nn/test_functional.py",
+    OPS + "norm_outputs.py",
+)
 ELEMENTWISE = (OPS + "elementwise.py", OPS + "pointwise.py", "tests/test_holes.py")
 ATTENTION = (OPS + "attention.py", "tests/test_holes.py")
 HEADS = ("tests/passes/test_group_heads.py",)
@@ -125,6 +130,9 @@ MUTATIONS = (
     Mutation("srfx/ops/recurrent.py", "missing = n_states + 1 - int(units.sum())", "missing = 0", RECURRENT),
     Mutation("passes/decompose_recurrent.py", "            out = self._function(torch.flip, out, [self.time_axis])\n",
              "            pass\n", ("tests/passes/test_decompose_recurrent.py",)),
+    Mutation("srfx/ops/norm_facts.py", "len(new) + makes_bias", "len(new)", (OPS + "norm_statistics.py",)),
+    Mutation("srfx/nn/layer_norm_forms.py", "z.sub_(t, alpha=p.slope)", "z.add_(t, alpha=p.slope)", NORM_FORMS),
+    Mutation("srfx/nn/layer_norm_forms.py", "value=-p.kept_share / p.lean", "value=p.kept_share / p.lean", NORM_FORMS),
     # lattices and the solver
     Mutation("srfx/lattice/constancy.py", "        varies = self.varies | other.varies | (self.value != other.value)\n",
              "        varies = self.varies | other.varies\n", LATTICE),
@@ -138,6 +146,7 @@ MUTATIONS = (
     Mutation("srfx/analysis/liveness.py", "wanted = c.varies.cpu() | facts.kept_channels(node) | restored(facts, node)",
              "wanted = c.varies.cpu() & False", GENERAL),
     # passes
+    Mutation("passes/pipeline.py", "            if not last.modified:\n", "            if True:\n", ("tests/passes/test_base.py",)),
     Mutation("passes/compact_channels.py", "        *_restore(facts),\n", "", GENERAL),
     Mutation("passes/compact_channels.py", "torch.where(varies, place, place[varies][:1]", "torch.where(kept, place, place[varies][:1]",
              GENERAL),
