@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from srfx.nn.selection import select
@@ -31,6 +31,9 @@ from srfx.nn.selection import select
 # Below this the native kernel's rstd can overflow when squared (all kept values equal), and eps' = 0 gives
 # inf outright.
 _SMALLEST_NATIVE_EPS = 1e-20
+
+# Fake, distributed and other tensors do not mix with the numbers that `_filled` remembers.
+_PLAIN = (Tensor, nn.Parameter)
 
 _is_exporting = getattr(
     torch.compiler, "is_exporting", torch.compiler.is_compiling
@@ -112,7 +115,7 @@ def normalise(
     Shapes: x [..., *kept_shape]; weight, bias kept_shape -> [..., *kept_shape], the last axis longer by
     len(emits).  With outputs [M] of one normalised axis: weight, bias [M] -> [..., M + len(emits)].
     """
-    is_quick = is_eager() and p.native_eps >= _SMALLEST_NATIVE_EPS
+    is_quick = type(x) in _PLAIN and is_eager() and p.native_eps >= _SMALLEST_NATIVE_EPS
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if is_quick and not needs_grad:
         return _normalise_quick(x, weight, bias, p, outputs)[0]

@@ -1,5 +1,6 @@
 """Accuracy and gradients of both forms: every test runs the quick one (eager) and the plain one (traced)."""
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from srfx.nn import RemovedConstants
 from srfx.nn.layer_norm_forms import Population, _normalise_quick, normalise, normalise_plain
@@ -224,3 +226,27 @@ class TestTransforms:
         out = normalise(torch.empty(2, 4, device="meta"), None, None, replace(self.p, emits=("r",)))
         assert out.device.type == "meta"
         assert out.shape == (2, 5)
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+@pytest.mark.parametrize("outputs", [None, torch.tensor([0, 2])])
+def test_fake_tensors_take_the_plain_form(is_inside: bool, outputs: Tensor | None) -> None:
+    p, x = population(4, torch.zeros(2), emits=("mu_r",)), torch.randn(3, 4)
+    wanted = normalise(x, None, None, p, outputs)  # the numbers it remembers are no fake ones
+    mode = FakeTensorMode()
+    fake, fake_outputs = mode.from_tensor(x), outputs if outputs is None else mode.from_tensor(outputs)
+    with mode if is_inside else contextlib.nullcontext():
+        found = normalise(fake, None, None, p, fake_outputs)
+    assert type(found) is FakeTensor
+    assert found.shape == wanted.shape
+    assert torch.equal(normalise(x, None, None, p, outputs), wanted)  # nor has it remembered any
+
+
+def test_what_is_remembered_in_inference_mode_serves_training() -> None:
+    p, x = population(5, torch.ones(3)), torch.randn(3, 5, requires_grad=True)
+    with torch.inference_mode():
+        wanted = normalise(x, None, None, p)
+    found = normalise(x, None, None, p)
+    assert torch.equal(found, wanted)
+    found.sum().backward()
+    assert x.grad is not None
