@@ -12,6 +12,8 @@
 
 PYTHON ?= python3.11
 JOBS   ?= 2
+# Neighbours stay in one process, where they share what torch.export made; who is done first takes from the other's end.
+PYTEST  = -m pytest -n $(JOBS) --dist worksteal
 TORCH  ?= torch==2.13.0
 # torchvision is built against one torch, so the slow tests and the benchmarks have an environment of their own.
 TORCH_ZOO ?= torch==2.14.1 torchvision==0.29.1
@@ -35,19 +37,19 @@ demo-cycle: $(VENV)/demo.stamp
 	$(VENV)/bin/python -m benchmarks.demo.cycle $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 fuzz: $(VENV)/test.stamp
 	$(VENV)/bin/python -m benchmarks.fuzz $(ARGS)
 
 test-all: $(ZOO)/zoo.stamp
-	$(ZOO)/bin/python -m pytest -n $(JOBS) -m "" $(ARGS)
+	$(ZOO)/bin/python $(PYTEST) -m "" $(ARGS)
 
 mutants: $(VENV)/test.stamp
 	$(VENV)/bin/python -m benchmarks.mutants $(ARGS)
 
 coverage: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n $(JOBS) --cov $(ARGS)
+	$(VENV)/bin/python $(PYTEST) --cov $(ARGS)
 
 check: lint types test wheel
 

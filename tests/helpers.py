@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 import srfx
 from srfx.ir.capture import capture
 from srfx.ir.plan import Edit, Reason, Refusal
-from srfx.ir.shapes import hint_inputs
+from srfx.ir.shapes import SharedHints, survey
 from srfx.minimize import canonicalise, minimize
 from srfx.passes.compact_channels import CompactChannels
 from srfx.passes.restore_in_place import RestoreInPlacePass
@@ -291,7 +291,9 @@ def plan_of(model: nn.Module, inputs: Inputs) -> Outcome:
     """
     captured = capture(model, inputs)
     gm = captured.graph_module
-    hints = captured.inputs if captured.inputs is not None else hint_inputs(gm)
+    hints = SharedHints(
+        survey(gm, captured.inputs)
+    )  # as minimize: shapes are found once for passes that change nothing
     prepared = canonicalise(gm, hints).edits
     done = CompactChannels(hints)(gm)
     restored = {edit.node for edit in RestoreInPlacePass()(gm).edits}

@@ -17,6 +17,7 @@ from tests.helpers import (
     randomized,
     relative_error,
 )
+from tests.snapshots import assert_same, trace
 
 X = (torch.randn(4, 5),)
 
@@ -122,3 +123,26 @@ def test_masks_leave_biases_and_put_negative_zeros() -> None:
     assert bool((model.get_submodule("0").bias[dead] != 0).all())
     assert bool((torch.signbit(weight) & (weight == 0)).any())
     assert bool((masked(net(), whole=["0"]).get_submodule("0").weight == 0).all())
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.body, self.scale = net(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale
+
+
+def test_what_is_exported_has_the_numbers_and_the_attributes_of_its_model() -> None:
+    """Though torch.export runs once for all models of one structure."""
+    models = [Scaled(1.0), Scaled(1.0), Scaled(2.0), Scaled(1.0), Scaled(1.0), Scaled(1.0)]
+    kill(models[1].body[0], rows=[1])
+    models[3].body[0].register_forward_hook(lambda module, args, y: y + 1)
+    models[4].body[2].weight = models[4].body[0].weight = nn.Parameter(torch.randn(5, 5))  # tied
+    models[4].body[0].bias = models[4].body[2].bias = None
+    traced = [trace(model, X, "export") for model in models]
+    for model, gm in zip(models, traced, strict=True):
+        assert_same(model(*X), gm(*X))
+        assert all(dict(gm.named_parameters())[name] is p for name, p in model.named_parameters())
+    assert len({gm.code for gm in traced}) > 1
