@@ -166,9 +166,8 @@ def _population(
     return Population(kept_shape, n_total, mean, m2, eps, names, shift)
 
 
-_known_population = lru_cache(maxsize=4096)(
-    _population
-)  # Dynamo warns of caches, so only eager calls go this way
+# Dynamo warns of caches, so only eager calls go this way.
+_known_population = lru_cache(maxsize=4096)(_population)
 
 
 def compensated_rms_norm(

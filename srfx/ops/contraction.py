@@ -81,7 +81,7 @@ class Contraction(ContractionFacts):
         affine = self.known(call, facts).affine
         assert affine is not None
         columns = self._combine(call, gone, affine, facts) * rows.view(1, -1, 1)
-        m, to_bias = self.matrix(call, new), not (affine.bordered or self.has_border(call))
+        m, to_bias = self.matrix(call, new), not self._carries_one(call, facts)
         for name, column in zip(EMITS, columns, strict=True):
             at = facts.emitted.get(affine.norm, {}).get(name)
             if at is not None:
